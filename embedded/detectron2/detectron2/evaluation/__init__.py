@@ -1,0 +1,15 @@
+"""Running a detector over a data set and measuring its detections."""
+
+from .coco_evaluation import COCOEvaluator
+from .evaluator import DatasetEvaluator, DatasetEvaluators, inference_context, inference_on_dataset
+from .testing import print_csv_format, verify_results
+
+__all__ = [
+    "COCOEvaluator",
+    "DatasetEvaluator",
+    "DatasetEvaluators",
+    "inference_context",
+    "inference_on_dataset",
+    "print_csv_format",
+    "verify_results",
+]

@@ -1,0 +1,1 @@
+"""Communication, events, logging, file access and random seeds."""

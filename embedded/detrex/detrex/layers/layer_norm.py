@@ -1,0 +1,26 @@
+"""Layer normalisation over the channels, wherever they are."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["LayerNorm"]
+
+
+class LayerNorm(nn.Module):
+    """Normalise the channels: the last axis, or axis 1 with ``channel_last=False``."""
+
+    def __init__(self, normalized_shape, eps=1e-6, channel_last=True):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(normalized_shape))
+        self.bias = nn.Parameter(torch.zeros(normalized_shape))
+        self.normalized_shape = (normalized_shape,)
+        self.eps = eps
+        self.channel_last = channel_last
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``x`` of shape (..., C), or (B, C, ...) with ``channel_last=False``."""
+        if not self.channel_last:
+            x = x.movedim(1, -1)
+        out = F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        return out if self.channel_last else out.movedim(-1, 1)

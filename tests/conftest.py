@@ -1,0 +1,19 @@
+"""Shared fixtures. Importing ``projects`` first puts the active runtime on the import path."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+import projects  # noqa: F401
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def reference_dir() -> Path:
+    """Folder of recorded reference vectors; the test is skipped where it is absent."""
+    folder = Path(os.environ.get("DETR_REFERENCE_DIR", ROOT.parent / "shared" / "reference"))
+    if not folder.is_dir():
+        pytest.skip(f"reference vectors not found at {folder} (set DETR_REFERENCE_DIR)")
+    return folder
