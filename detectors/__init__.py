@@ -1,0 +1,1 @@
+"""The DETR family on one shared :class:`~detectors.detector.Detector`."""

@@ -1,0 +1,234 @@
+"""Multi-head attention, batch-first, with detrex's parameter names.
+
+Every module takes the fused path (:func:`torch.nn.functional.scaled_dot_product_attention`) unless
+its attention weights are asked for, and returns the residual sum as detrex's modules do.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .structures import STUDENT, Branch, EncoderContext
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    allowed: Tensor | None = None,
+    dropout_p: float = 0.0,
+    maps: list[Tensor] | None = None,
+) -> Tensor:
+    """Scaled dot-product attention.
+
+    Args:
+        query: (B, H, N, D).
+        key: (B, H, S, D).
+        value: (B, H, S, Dv).
+        allowed: bool, broadcastable to (B, H, N, S), True where attending is allowed.
+        dropout_p: dropout on the attention weights.
+        maps: receives the attention weights (B, H, N, S), taken before dropout.
+
+    Returns:
+        (B, H, N, Dv).
+    """
+    if maps is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=allowed, dropout_p=dropout_p
+        )
+    logits = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed, float("-inf"))
+    weights = logits.softmax(-1)
+    maps.append(weights)
+    return F.dropout(weights, dropout_p) @ value
+
+
+def split_heads(tokens: Tensor, num_heads: int) -> Tensor:
+    """(B, N, C) to (B, H, N, C / H)."""
+    return tokens.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def merge_heads(heads: Tensor) -> Tensor:
+    """(B, H, N, D) to (B, N, H * D)."""
+    return heads.transpose(1, 2).flatten(2)
+
+
+def allow_unpadded(padding_mask: Tensor | None) -> Tensor | None:
+    """Turn a padding mask (B, S), True on padding, into ``allowed`` of :func:`attend`."""
+    return None if padding_mask is None else ~padding_mask[:, None, None, :]
+
+
+class PackedProjection(nn.Module):
+    """Parameters of a standard attention: packed q, k, v rows and the output projection."""
+
+    def __init__(self, embed_dim: int):
+        super().__init__()
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * embed_dim))
+        self.out_proj = nn.Linear(embed_dim, embed_dim)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+
+class SelfAttention(nn.Module):
+    """Self-attention of an encoder layer; positions enter queries and keys, not values.
+
+    Args:
+        embed_dim: C.
+        num_heads: H, a divisor of C.
+        dropout: on the attention weights.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0):
+        super().__init__()
+        check_heads(embed_dim, num_heads)
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.attn = PackedProjection(embed_dim)
+
+    def branches(self, context: EncoderContext) -> tuple[Branch, ...]:
+        """The branches that :meth:`forward` returns, stacked along the batch axis."""
+        return (STUDENT,)
+
+    def project(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, H, S, C / H) of tokens (B, S, C)."""
+        rows, channels = self.attn.in_proj_weight, self.embed_dim
+        bias = self.attn.in_proj_bias
+        positioned = F.linear(tokens + positions, rows[: 2 * channels], bias[: 2 * channels])
+        query, key = positioned.split(channels, dim=-1)
+        value = F.linear(tokens, rows[2 * channels :], bias[2 * channels :])
+        return tuple(split_heads(x, self.num_heads) for x in (query, key, value))  # type: ignore
+
+    def forward(self, tokens: Tensor, context: EncoderContext) -> Tensor:
+        """Tokens (B, S, C) plus their attention output (B, S, C)."""
+        query, key, value = self.project(tokens, context.positions)
+        attended = attend(
+            query, key, value, allow_unpadded(context.padding_mask), self.active_dropout
+        )
+        return tokens + self.attn.out_proj(merge_heads(attended))
+
+    @property
+    def active_dropout(self) -> float:
+        """The dropout probability of the current mode."""
+        return self.dropout if self.training else 0.0
+
+
+class ConditionalSelfAttention(nn.Module):
+    """Decoder self-attention with content and position projected apart (Conditional DETR)."""
+
+    def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0):
+        super().__init__()
+        check_heads(embed_dim, num_heads)
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.query_content_proj = nn.Linear(embed_dim, embed_dim)
+        self.query_pos_proj = nn.Linear(embed_dim, embed_dim)
+        self.key_content_proj = nn.Linear(embed_dim, embed_dim)
+        self.key_pos_proj = nn.Linear(embed_dim, embed_dim)
+        self.value_proj = nn.Linear(embed_dim, embed_dim)
+        self.out_proj = nn.Linear(embed_dim, embed_dim)
+
+    def forward(
+        self,
+        content: Tensor,
+        position: Tensor,
+        attention_mask: Tensor | None = None,
+        maps: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Attend among queries.
+
+        Args:
+            content: (B, N, C).
+            position: (B, N, C).
+            attention_mask: (N, N), True where attending is forbidden.
+            maps: receives the attention weights (B, H, N, N).
+
+        Returns:
+            Content plus attention output, (B, N, C).
+        """
+        query = self.query_content_proj(content) + self.query_pos_proj(position)
+        key = self.key_content_proj(content) + self.key_pos_proj(position)
+        heads = (split_heads(x, self.num_heads) for x in (query, key, self.value_proj(content)))
+        allowed = None if attention_mask is None else ~attention_mask
+        attended = attend(*heads, allowed, self.dropout if self.training else 0.0, maps)
+        return content + self.out_proj(merge_heads(attended))
+
+
+class ConditionalCrossAttention(nn.Module):
+    """Cross-attention with content and spatial parts concatenated (Conditional DETR, Eq. 3).
+
+    Args:
+        embed_dim: C.
+        num_heads: H, a divisor of C.
+        dropout: on the attention weights.
+        first_layer: the first decoder layer also adds the position embeddings to the content part.
+    """
+
+    def __init__(
+        self, embed_dim: int, num_heads: int, dropout: float = 0.0, first_layer: bool = False
+    ):
+        super().__init__()
+        check_heads(embed_dim, num_heads)
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.query_content_proj = nn.Linear(embed_dim, embed_dim)
+        self.query_pos_proj = nn.Linear(embed_dim, embed_dim) if first_layer else None
+        self.query_pos_sine_proj = nn.Linear(embed_dim, embed_dim)
+        self.key_content_proj = nn.Linear(embed_dim, embed_dim)
+        self.key_pos_proj = nn.Linear(embed_dim, embed_dim)
+        self.value_proj = nn.Linear(embed_dim, embed_dim)
+        self.out_proj = nn.Linear(embed_dim, embed_dim)
+
+    def forward(
+        self,
+        content: Tensor,
+        position: Tensor,
+        sine: Tensor,
+        memory: Tensor,
+        memory_position: Tensor,
+        padding_mask: Tensor | None = None,
+        maps: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Attend from queries to memory.
+
+        Args:
+            content: (B, N, C).
+            position: (B, N, C) learned position embedding of the queries.
+            sine: (B, N, C) transformed sine embedding of the reference points.
+            memory: (B, S, C).
+            memory_position: (B, S, C).
+            padding_mask: (B, S), True on padding.
+            maps: receives the attention weights (B, H, N, S).
+
+        Returns:
+            Content plus attention output, (B, N, C).
+        """
+        query, key = self.query_content_proj(content), self.key_content_proj(memory)
+        spatial_key = self.key_pos_proj(memory_position)
+        if self.query_pos_proj is not None:
+            query, key = query + self.query_pos_proj(position), key + spatial_key
+        spatial_query = self.query_pos_sine_proj(sine)
+        attended = attend(
+            self._join(query, spatial_query),
+            self._join(key, spatial_key),
+            split_heads(self.value_proj(memory), self.num_heads),
+            allow_unpadded(padding_mask),
+            self.dropout if self.training else 0.0,
+            maps,
+        )
+        return content + self.out_proj(merge_heads(attended))
+
+    def _join(self, content: Tensor, spatial: Tensor) -> Tensor:
+        """Concatenate the two parts within each head: (B, H, N, 2 * C / H)."""
+        parts = (split_heads(content, self.num_heads), split_heads(spatial, self.num_heads))
+        return torch.cat(parts, dim=-1)
+
+
+def check_heads(embed_dim: int, num_heads: int) -> None:
+    """Refuse a number of heads that does not divide the embedding."""
+    if embed_dim % num_heads:
+        raise ValueError(f"num_heads {num_heads} does not divide embed_dim {embed_dim}")

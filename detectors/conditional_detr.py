@@ -1,0 +1,171 @@
+"""Conditional DETR (Meng et al., ICCV 2021): cross-attention with a separate spatial query."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from detrex.layers import MLP, get_sine_pos_embed
+from detrex.utils import inverse_sigmoid
+from torch import Tensor, nn
+
+from .attention import ConditionalCrossAttention, ConditionalSelfAttention
+from .detector import Detector
+from .structures import AttentionMaps, DecoderOutput, Memory, Predictions, Queries
+from .transformer import feed_forward
+
+
+class ConditionalDecoderLayer(nn.Module):
+    """Post-norm layer: conditional self-attention, conditional cross-attention, feed-forward."""
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        attn_dropout: float,
+        feedforward_dim: int,
+        ffn_dropout: float,
+        activation: nn.Module | None,
+        first_layer: bool,
+    ):
+        super().__init__()
+        self.attentions = nn.ModuleList(
+            [
+                ConditionalSelfAttention(embed_dim, num_heads, attn_dropout),
+                ConditionalCrossAttention(embed_dim, num_heads, attn_dropout, first_layer),
+            ]
+        )
+        self.ffns = nn.ModuleList(
+            [feed_forward(embed_dim, feedforward_dim, ffn_dropout, activation)]
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm(embed_dim) for _ in range(3))
+
+    def forward(
+        self,
+        content: Tensor,
+        queries: Queries,
+        sine: Tensor,
+        memory: Memory,
+        padding_mask: Tensor | None,
+        attention: AttentionMaps | None = None,
+    ) -> Tensor:
+        """Content (R * B, N, C) to the same; ``sine`` (R * B, N, C) is the spatial query."""
+        self_maps = None if attention is None else attention.self_attention
+        cross_maps = None if attention is None else attention.cross_attention
+        self_attention, cross_attention = self.attentions
+        content = self_attention(content, queries.position, queries.attention_mask, self_maps)
+        content = self.norms[0](content)
+        content = cross_attention(
+            content,
+            queries.position,
+            sine,
+            memory.tokens,
+            memory.for_branches(memory.positions),
+            padding_mask,
+            cross_maps,
+        )
+        return self.norms[2](self.ffns[0](self.norms[1](content)))
+
+
+class ConditionalDecoder(nn.Module):
+    """Decoder whose spatial queries are sine embeddings of reference points, scaled by content.
+
+    Args:
+        embed_dim: C.
+        num_heads: H, a divisor of C.
+        attn_dropout: dropout on attention weights.
+        feedforward_dim: hidden width of the feed-forward networks.
+        ffn_dropout: dropout of the feed-forward networks.
+        activation: of the feed-forward networks; each layer owns a copy.
+        num_layers: L, at least one.
+        mask_padding_in_training: keep the cross-attention off padded cells in training too.
+            detrex does not, and its weights are trained that way. In evaluation padding is masked
+            whenever the memory says where it is.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int = 256,
+        num_heads: int = 8,
+        attn_dropout: float = 0.1,
+        feedforward_dim: int = 2048,
+        ffn_dropout: float = 0.1,
+        activation: nn.Module | None = None,
+        num_layers: int = 6,
+        mask_padding_in_training: bool = False,
+    ):
+        super().__init__()
+        if num_layers < 1:
+            raise ValueError(f"num_layers is {num_layers}, a decoder needs at least 1")
+        self.embed_dim = embed_dim
+        self.mask_padding_in_training = mask_padding_in_training
+        self.layers = nn.ModuleList(
+            ConditionalDecoderLayer(
+                embed_dim, num_heads, attn_dropout, feedforward_dim, ffn_dropout, activation,
+                first_layer=index == 0,
+            )
+            for index in range(num_layers)
+        )  # fmt: skip
+        self.query_scale = MLP(embed_dim, embed_dim, embed_dim, 2)
+        self.ref_point_head = MLP(embed_dim, embed_dim, 2, 2)
+        self.post_norm_layer = nn.LayerNorm(embed_dim)
+
+    def forward(
+        self, queries: Queries, memory: Memory, attention: AttentionMaps | None = None
+    ) -> DecoderOutput:
+        """Decode all branches at once; states are post-normed."""
+        references = self.ref_point_head(queries.position).sigmoid()
+        sine = get_sine_pos_embed(references, num_pos_feats=self.embed_dim // 2)
+        sine = sine.to(references.dtype)
+        masked = memory.padding_mask is not None and (
+            not self.training or self.mask_padding_in_training
+        )
+        padding = memory.for_branches(memory.padding_mask) if masked else None
+        content, states = queries.content, []
+        for index, layer in enumerate(self.layers):
+            # the first layer's content is still empty and has nothing to say about scale
+            spatial = sine if index == 0 else sine * self.query_scale(content)
+            content = layer(content, queries, spatial, memory, padding, attention)
+            states.append(self.post_norm_layer(content))
+        return DecoderOutput(torch.stack(states), references[None], memory.branches, attention)
+
+
+class ConditionalDETR(Detector):
+    """Single-scale detector with 2-d reference points predicted from the queries.
+
+    Args:
+        in_channels: channels of the last of ``in_features``.
+        embed_dim: C.
+        num_queries: N.
+        detector: the arguments of :class:`~detectors.detector.Detector`.
+    """
+
+    def __init__(self, *, in_channels: int, embed_dim: int, num_queries: int, **detector):
+        super().__init__(**detector)
+        self.input_proj = nn.Conv2d(in_channels, embed_dim, kernel_size=1)
+        self.query_embed = nn.Embedding(num_queries, embed_dim)
+        self.class_embed = nn.Linear(embed_dim, self.num_classes)
+        self.bbox_embed = MLP(embed_dim, embed_dim, 4, 3)
+        prior = 0.01  # every class starts rare, as the focal loss wants it
+        nn.init.constant_(self.class_embed.bias, -math.log((1 - prior) / prior))
+        nn.init.zeros_(self.bbox_embed.layers[-1].weight)
+        nn.init.zeros_(self.bbox_embed.layers[-1].bias)
+
+    def project(self, features: dict[str, Tensor]) -> list[Tensor]:
+        """The last backbone map, projected."""
+        return [self.input_proj(features[self.in_features[-1]])]
+
+    def queries(self, memory: Memory) -> Queries:
+        """Learned positions with empty content."""
+        position = self.query_embed.weight.expand(memory.tokens.shape[0], -1, -1)
+        return Queries(content=torch.zeros_like(position), position=position)
+
+    def predict(self, output: DecoderOutput) -> Predictions:
+        """Class logits, and boxes as offsets from the reference points."""
+        with torch.autocast(output.states.device.type, enabled=False):
+            precision = self.class_embed.weight.dtype  # float32 also under mixed precision
+            states = output.states.to(precision)
+            offsets = self.bbox_embed(states)
+            center = offsets[..., :2] + inverse_sigmoid(output.references.to(precision))
+            boxes = torch.cat([center, offsets[..., 2:]], dim=-1).sigmoid()
+            return Predictions(self.class_embed(states), boxes, output.branches)

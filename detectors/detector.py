@@ -1,0 +1,261 @@
+"""The detector that all of the family share, its steps in the order in which data flows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import torch
+from detectron2.modeling import detector_postprocess
+from detectron2.structures import Boxes, ImageList, Instances
+from detrex.layers import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .structures import (
+    STUDENT,
+    AttentionMaps,
+    Branch,
+    DecoderOutput,
+    FeatureMaps,
+    Memory,
+    Predictions,
+    Queries,
+    Targets,
+)
+
+
+class Detector(nn.Module):
+    """Images in; weighted losses (training) or instances (evaluation) out.
+
+    A subclass says how backbone features become maps of the transformer's width (:meth:`project`),
+    what the queries are (:meth:`queries`), and how decoder states become boxes (:meth:`predict`).
+
+    Args:
+        backbone: maps images (B, 3, H, W) to a dict of feature maps.
+        in_features: names of the backbone's maps that are used.
+        position_embedding: maps padding masks (B, H, W) to encodings (B, C, H, W).
+        transformer: holds ``encoder`` and ``decoder``.
+        num_classes: K.
+        criterion: detrex's criterion; its ``weight_dict`` weighs the losses. A numbered name
+            (``loss_class_0``) that it does not list has the weight of the plain one.
+        aux_loss: supervise every decoder layer, not only the last.
+        pixel_mean: per channel, in the data loader's channel order.
+        pixel_std: per channel.
+        select_box_nums_for_evaluation: detections kept per image.
+        mask_padding_at_inference: mask padded cells as training does. detrex does not, so that its
+            results depend on the other images of a batch; False reproduces its numbers.
+    """
+
+    def __init__(
+        self,
+        *,
+        backbone: nn.Module,
+        in_features: Sequence[str],
+        position_embedding: nn.Module,
+        transformer: nn.Module,
+        num_classes: int,
+        criterion: nn.Module,
+        aux_loss: bool = True,
+        pixel_mean: Sequence[float] = (123.675, 116.280, 103.530),
+        pixel_std: Sequence[float] = (58.395, 57.120, 57.375),
+        select_box_nums_for_evaluation: int = 300,
+        mask_padding_at_inference: bool = True,
+    ):
+        super().__init__()
+        self.backbone = backbone
+        self.in_features = list(in_features)
+        self.position_embedding = position_embedding
+        self.transformer = transformer
+        self.num_classes = num_classes
+        self.criterion = criterion
+        self.aux_loss = aux_loss
+        self.select_box_nums_for_evaluation = select_box_nums_for_evaluation
+        self.mask_padding_at_inference = mask_padding_at_inference
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(3, 1, 1), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the detector lives."""
+        return self.pixel_mean.device
+
+    def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
+        """Run on detectron2's standard input.
+
+        Args:
+            batched_inputs: per image ``image`` (3, H, W), in training ``instances`` with
+                ``gt_boxes`` and ``gt_classes``, in evaluation optionally the output ``height`` and
+                ``width``.
+
+        Returns:
+            Training: weighted losses by name. Evaluation: ``{"instances": Instances}`` per image.
+        """
+        images = self.preprocess(batched_inputs)
+        targets = self.prepare_targets(batched_inputs) if self.training else None
+        features = self.extract(images)
+        memory = self.encode(features, targets)
+        output = self.decode(memory, self.queries(memory))
+        predictions = self.predict(output)
+        if targets is not None:
+            return self.losses(predictions, targets)
+        return self.inference(predictions, images.image_sizes, batched_inputs)
+
+    def preprocess(self, batched_inputs: list[dict]) -> ImageList:
+        """Normalise the images and pad them at the bottom and right with zeros."""
+        for index, item in enumerate(batched_inputs):
+            shape = tuple(item["image"].shape)
+            if len(shape) != 3 or shape[0] != 3:
+                raise ValueError(
+                    f"image {index} of the batch has shape {shape}, expected (3, H, W)"
+                )
+        images = [
+            (item["image"].to(self.device) - self.pixel_mean) / self.pixel_std
+            for item in batched_inputs
+        ]
+        return ImageList.from_tensors(images)
+
+    def prepare_targets(self, batched_inputs: list[dict]) -> Targets:
+        """Ground truth of every image on the detector's device."""
+        targets = []
+        for index, item in enumerate(batched_inputs):
+            if "instances" not in item:
+                raise ValueError(
+                    f"image {index} of the batch has no 'instances', needed in training"
+                )
+            instances = item["instances"]
+            height, width = instances.image_size
+            labels, boxes = instances.gt_classes, instances.gt_boxes.tensor
+            if labels.numel() and not 0 <= labels.min() <= labels.max() < self.num_classes:
+                found = f"{int(labels.min())}..{int(labels.max())}"
+                raise ValueError(
+                    f"image {index} of the batch has gt_classes {found}, "
+                    f"the detector has num_classes {self.num_classes}"
+                )
+            scale = boxes.new_tensor([width, height, width, height])
+            target = {
+                "labels": labels,
+                "boxes": box_xyxy_to_cxcywh(boxes / scale),
+                "boxes_xyxy": boxes,
+            }
+            targets.append({key: value.to(self.device) for key, value in target.items()})
+        return targets
+
+    def extract(self, images: ImageList) -> FeatureMaps:
+        """Backbone, projection to the transformer's width, padding masks and positions."""
+        levels = tuple(self.project(self.backbone(images.tensor)))
+        padding = self._padding(images)
+        masks = [
+            _no_padding(level) if padding is None else _resize_mask(padding, level)
+            for level in levels
+        ]
+        positions = tuple(
+            self.position_embedding(mask).to(level.dtype)
+            for mask, level in zip(masks, levels, strict=True)
+        )
+        return FeatureMaps(
+            levels,
+            None if padding is None else tuple(masks),
+            positions,
+            [(int(height), int(width)) for height, width in images.image_sizes],
+            (images.tensor.shape[-2], images.tensor.shape[-1]),
+        )
+
+    def project(self, features: dict[str, Tensor]) -> list[Tensor]:
+        """Backbone features to maps (B, C, H, W) of the transformer's width."""
+        raise NotImplementedError
+
+    def encode(self, features: FeatureMaps, targets: Targets | None = None) -> Memory:
+        """Run the encoder; ``targets`` reach encoders that learn from ground truth."""
+        return self.transformer.encoder(features, targets)
+
+    def queries(self, memory: Memory) -> Queries:
+        """The queries that detect, for every row of the memory."""
+        raise NotImplementedError
+
+    def decode(
+        self, memory: Memory, queries: Queries, attention: AttentionMaps | None = None
+    ) -> DecoderOutput:
+        """Run the decoder on all branches at once; ``attention`` collects its attention maps."""
+        return self.transformer.decoder(queries, memory, attention)
+
+    def predict(self, output: DecoderOutput) -> Predictions:
+        """Apply the class and box heads to every decoder layer."""
+        raise NotImplementedError
+
+    def losses(self, predictions: Predictions, targets: Targets) -> dict[str, Tensor]:
+        """Weighted losses, named ``loss_<kind>[_<branch>][_<decoder layer>]``."""
+        losses = {}
+        for index, branch in enumerate(predictions.branches):
+            output = self._criterion_input(predictions.of_branch(index), branch)
+            for name, loss in self.criterion(output, targets).items():
+                losses[_branch_name(name, branch)] = loss * self._loss_weight(name)
+        return losses
+
+    def inference(
+        self,
+        predictions: Predictions,
+        image_sizes: Sequence[tuple[int, int]],
+        batched_inputs: list[dict],
+    ) -> list[dict]:
+        """The highest-scoring (query, class) pairs of the student's last layer, per image."""
+        student = predictions.of_branch(0)
+        scores = student.logits[-1].sigmoid().flatten(1)
+        kept = min(self.select_box_nums_for_evaluation, scores.shape[1])
+        scores, indices = scores.topk(kept, dim=1)
+        classes = indices % self.num_classes
+        queries = torch.div(indices, self.num_classes, rounding_mode="floor")
+        boxes = student.boxes[-1].gather(1, queries.unsqueeze(-1).expand(-1, -1, 4))
+        results = []
+        for row, (size, item) in enumerate(zip(image_sizes, batched_inputs, strict=True)):
+            height, width = int(size[0]), int(size[1])
+            instances = Instances((height, width))
+            instances.pred_boxes = Boxes(box_cxcywh_to_xyxy(boxes[row]))
+            instances.pred_boxes.scale(scale_x=width, scale_y=height)
+            instances.scores = scores[row]
+            instances.pred_classes = classes[row]
+            output_size = item.get("height", height), item.get("width", width)
+            results.append({"instances": detector_postprocess(instances, *output_size)})
+        return results
+
+    def _padding(self, images: ImageList) -> Tensor | None:
+        """Padding mask of the batch in pixels (B, H, W); None where there is nothing to mask."""
+        padded = images.tensor.shape[-2:]
+        if all(tuple(size) == tuple(padded) for size in images.image_sizes):
+            return None
+        if not self.training and not self.mask_padding_at_inference:
+            return None
+        mask = torch.ones(len(images.image_sizes), *padded, device=self.device)
+        for row, (height, width) in enumerate(images.image_sizes):
+            mask[row, :height, :width] = 0
+        return mask
+
+    def _criterion_input(self, predictions: Predictions, branch: Branch) -> dict:
+        layers = [
+            {"pred_logits": logits, "pred_boxes": boxes}
+            for logits, boxes in zip(predictions.logits, predictions.boxes, strict=True)
+        ]
+        output: dict = layers[-1]
+        if self.aux_loss and branch.aux_loss:
+            output["aux_outputs"] = layers[:-1]
+        return output
+
+    def _loss_weight(self, name: str) -> float:
+        weights = self.criterion.weight_dict
+        return weights.get(name, weights.get(re.sub(r"_\d+$", "", name), 1.0))
+
+
+def _branch_name(loss: str, branch: Branch) -> str:
+    """Put the branch before the number of the decoder layer: ``loss_class_share_v_0``."""
+    if branch == STUDENT:
+        return loss
+    return re.sub(r"(_\d+)?$", lambda layer: f"_{branch.name}{layer.group()}", loss, count=1)
+
+
+def _no_padding(level: Tensor) -> Tensor:
+    return torch.zeros(level.shape[0], *level.shape[-2:], dtype=torch.bool, device=level.device)
+
+
+def _resize_mask(mask: Tensor, level: Tensor) -> Tensor:
+    """Nearest-neighbour down-sampling of a float mask (B, H, W) to a level's size, as bool."""
+    return F.interpolate(mask[None], size=level.shape[-2:])[0].to(torch.bool)

@@ -1,0 +1,182 @@
+"""What flows between the steps of a detector: small frozen dataclasses.
+
+One alphabet of shapes throughout: B images, R branches, L decoder layers, N queries, S memory
+tokens, C channels, H heads, K classes, V levels (feature maps). Stacked branches share the batch
+axis, branch-major: rows ``[r * B, (r + 1) * B)`` belong to branch ``r``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+Targets = list[dict[str, Tensor]]
+"""Per image: ``labels`` (G,) int64, ``boxes`` (G, 4) cxcywh in [0, 1], ``boxes_xyxy`` in pixels."""
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One set of memory tokens that the decoder and the criterion process.
+
+    Attributes:
+        name: suffix of the branch's losses; the student's carry none.
+        aux_loss: whether the decoder layers before the last are supervised too.
+    """
+
+    name: str
+    aux_loss: bool = True
+
+
+STUDENT = Branch("student")
+
+
+@dataclass(frozen=True)
+class FeatureMaps:
+    """Projected feature maps of a padded batch.
+
+    Attributes:
+        levels: V maps (B, C, H, W), from high to low resolution.
+        padding_masks: V masks (B, H, W), True on padding; None if no image is padded.
+        positions: V position encodings (B, C, H, W).
+        image_sizes: B sizes (h, w) in pixels before padding.
+        padded_size: (h, w) in pixels of the batch.
+    """
+
+    levels: tuple[Tensor, ...]
+    padding_masks: tuple[Tensor, ...] | None
+    positions: tuple[Tensor, ...]
+    image_sizes: list[tuple[int, int]]
+    padded_size: tuple[int, int]
+
+    @property
+    def spatial_shapes(self) -> tuple[tuple[int, int], ...]:
+        """(h, w) of every level."""
+        return tuple((level.shape[-2], level.shape[-1]) for level in self.levels)
+
+    def tokens(self) -> Tensor:
+        """Level-major, row-major tokens (B, S, C)."""
+        return _to_tokens(self.levels)
+
+    def token_positions(self) -> Tensor:
+        """Position encoding of every token (B, S, C)."""
+        return _to_tokens(self.positions)
+
+    def token_padding(self) -> Tensor | None:
+        """Padding mask of the tokens (B, S), True on padding; None without padding."""
+        if self.padding_masks is None:
+            return None
+        return torch.cat([mask.flatten(1) for mask in self.padding_masks], dim=1)
+
+
+def _to_tokens(maps: tuple[Tensor, ...]) -> Tensor:
+    return torch.cat([level.flatten(2).transpose(1, 2) for level in maps], dim=1)
+
+
+@dataclass(frozen=True)
+class EncoderContext:
+    """What an encoder layer may look at beside the tokens.
+
+    Attributes:
+        positions: (B, S, C) position encoding of the tokens.
+        padding_mask: (B, S), True on padding; None without padding.
+        features: the feature maps that the tokens come from.
+        targets: ground truth, in training only.
+    """
+
+    positions: Tensor
+    padding_mask: Tensor | None
+    features: FeatureMaps
+    targets: Targets | None = None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Encoder output.
+
+    Attributes:
+        tokens: (R * B, S, C).
+        padding_mask: (B, S), True on padding; None without padding.
+        positions: (B, S, C).
+        spatial_shapes: (h, w) of every level.
+        branches: the R branches, the student first.
+    """
+
+    tokens: Tensor
+    padding_mask: Tensor | None
+    positions: Tensor
+    spatial_shapes: tuple[tuple[int, int], ...]
+    branches: tuple[Branch, ...] = (STUDENT,)
+
+    def for_branches(self, per_image: Tensor) -> Tensor:
+        """Repeat a tensor (B, ...) for every branch: (R * B, ...)."""
+        if len(self.branches) == 1:
+            return per_image
+        return per_image.repeat(len(self.branches), *(1,) * (per_image.dim() - 1))
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Decoder input.
+
+    Attributes:
+        content: (R * B, N, C).
+        position: (R * B, N, C) learned position embedding.
+        attention_mask: (N, N) for self-attention, True where attending is forbidden.
+    """
+
+    content: Tensor
+    position: Tensor
+    attention_mask: Tensor | None = None
+
+
+@dataclass
+class AttentionMaps:
+    """Collects attention weights after the softmax and before dropout, one entry a layer.
+
+    Attributes:
+        self_attention: L maps (R * B, H, N, N).
+        cross_attention: L maps (R * B, H, N, S).
+    """
+
+    self_attention: list[Tensor] = field(default_factory=list)
+    cross_attention: list[Tensor] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class DecoderOutput:
+    """Normalised decoder states and the references their boxes start from.
+
+    Attributes:
+        states: (L, R * B, N, C).
+        references: (L or 1, R * B, N, 2 or 4) in [0, 1], as (x, y[, w, h]).
+        branches: the R branches, the student first.
+        attention: attention maps if they were asked for.
+    """
+
+    states: Tensor
+    references: Tensor
+    branches: tuple[Branch, ...] = (STUDENT,)
+    attention: AttentionMaps | None = None
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Detections of every decoder layer and branch, in the precision of the heads' weights.
+
+    Attributes:
+        logits: (L, R * B, N, K).
+        boxes: (L, R * B, N, 4) cxcywh in [0, 1] of the unpadded image.
+        branches: the R branches, the student first.
+    """
+
+    logits: Tensor
+    boxes: Tensor
+    branches: tuple[Branch, ...] = (STUDENT,)
+
+    def of_branch(self, index: int) -> Predictions:
+        """The predictions of one branch: logits (L, B, N, K), boxes (L, B, N, 4)."""
+        batch = self.logits.shape[1] // len(self.branches)
+        rows = slice(index * batch, (index + 1) * batch)
+        return Predictions(self.logits[:, rows], self.boxes[:, rows], (self.branches[index],))

@@ -1,0 +1,100 @@
+"""The encoder, and the container of encoder and decoder with detrex's names and initialisation."""
+
+from __future__ import annotations
+
+import copy
+
+from detrex.layers import FFN
+from torch import Tensor, nn
+
+from .structures import EncoderContext, FeatureMaps, Memory, Targets
+
+
+class EncoderLayer(nn.Module):
+    """Post-norm layer: self-attention, norm, feed-forward, norm.
+
+    Args:
+        attention: module ``(tokens, context) -> tokens`` that includes the residual; it may return
+            several branches stacked along the batch axis.
+        feedforward_dim: hidden width of the feed-forward network.
+        ffn_dropout: dropout of the feed-forward network.
+        activation: of the feed-forward network; each layer owns a copy.
+    """
+
+    def __init__(
+        self,
+        attention: nn.Module,
+        feedforward_dim: int = 2048,
+        ffn_dropout: float = 0.1,
+        activation: nn.Module | None = None,
+    ):
+        super().__init__()
+        channels = attention.embed_dim
+        self.embed_dim = channels
+        self.attentions = nn.ModuleList([attention])
+        self.ffns = nn.ModuleList(
+            [feed_forward(channels, feedforward_dim, ffn_dropout, activation)]
+        )
+        self.norms = nn.ModuleList([nn.LayerNorm(channels), nn.LayerNorm(channels)])
+
+    def forward(self, tokens: Tensor, context: EncoderContext) -> Tensor:
+        """Tokens (B, S, C) to (R * B, S, C)."""
+        tokens = self.norms[0](self.attentions[0](tokens, context))
+        return self.norms[1](self.ffns[0](tokens))
+
+
+class Encoder(nn.Module):
+    """A stack of equal layers.
+
+    Args:
+        layer: prototype, copied ``num_layers`` times.
+        num_layers: at least one.
+    """
+
+    def __init__(self, layer: EncoderLayer, num_layers: int = 6):
+        super().__init__()
+        if num_layers < 1:
+            raise ValueError(f"num_layers is {num_layers}, an encoder needs at least 1")
+        self.embed_dim = layer.embed_dim
+        self.layers = nn.ModuleList(copy.deepcopy(layer) for _ in range(num_layers))
+
+    def forward(self, features: FeatureMaps, targets: Targets | None = None) -> Memory:
+        """Encode all levels as one sequence; ``targets`` reach layers that learn from them."""
+        tokens = features.tokens()
+        context = EncoderContext(
+            features.token_positions(), features.token_padding(), features, targets
+        )
+        batch = tokens.shape[0]
+        for layer in self.layers:
+            tokens = layer(tokens[:batch], context)  # only the student's branch goes on
+        branches = self.layers[-1].attentions[0].branches(context)
+        return Memory(
+            tokens, context.padding_mask, context.positions, features.spatial_shapes, branches
+        )
+
+
+class Transformer(nn.Module):
+    """Holds encoder and decoder and initialises both as detrex does.
+
+    Matrices are Xavier-uniform; then submodules with an ``init_weights`` method set their own.
+    """
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module):
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+        self.embed_dim = encoder.embed_dim
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+        for module in self.modules():
+            if module is not self and hasattr(module, "init_weights"):
+                module.init_weights()
+
+
+def feed_forward(
+    embed_dim: int, feedforward_dim: int, dropout: float, activation: nn.Module | None
+) -> FFN:
+    """A feed-forward network with residual and its own copy of the activation."""
+    activation = nn.ReLU(inplace=True) if activation is None else copy.deepcopy(activation)
+    return FFN(embed_dim, feedforward_dim, ffn_drop=dropout, activation=activation)
