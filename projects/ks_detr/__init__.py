@@ -1,0 +1,1 @@
+"""KS-DETR: knowledge sharing in attention learning for detection transformers."""
