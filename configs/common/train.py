@@ -1,0 +1,9 @@
+"""detrex's training settings plus this project's (engine/defaults.py explains each)."""
+
+from detrex.config import get_config
+from omegaconf import OmegaConf
+
+from engine.defaults import TRAIN_DEFAULTS
+
+train = OmegaConf.merge(get_config("common/train.py").train, TRAIN_DEFAULTS)
+train.output_dir = "./output"

@@ -1,0 +1,1 @@
+"""Training and evaluation: trainer, hooks, checkpoints, resumable data stream, command logic."""

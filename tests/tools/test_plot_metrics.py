@@ -1,0 +1,83 @@
+import json
+
+import pytest
+from PIL import Image
+
+from tools import plot_metrics
+
+
+def write(path, records, tail=""):
+    path.write_text("".join(json.dumps(r) + "\n" for r in records) + tail)
+
+
+def test_a_cut_off_line_is_skipped_also_in_the_middle(tmp_path):
+    path = tmp_path / "metrics.json"
+    path.write_text(
+        '{"iteration": 19, "total_loss": 3.0}\n{"iteration": 39, "tot\n'
+        '{"iteration": 39, "total_loss": 2.0}\n7\n{"total_loss": 1}\n{"iter'
+    )
+    assert plot_metrics.series(plot_metrics.read_metrics(path), "total_loss") == ([19, 39], [3, 2])
+
+
+def test_a_resumed_run_replaces_what_was_lost(tmp_path):
+    path = tmp_path / "metrics.json"
+    first = [{"iteration": i, "total_loss": 10.0 - i, "bbox/AP": i} for i in (1, 2, 3, 4)]
+    resumed = [{"iteration": i, "total_loss": 20.0 - i} for i in (3, 5)]
+    write(path, first + resumed)
+    records = plot_metrics.read_metrics(path)
+    assert plot_metrics.series(records, "total_loss") == ([1, 2, 3, 5], [9, 8, 17, 15])
+
+
+def test_lines_of_one_iteration_are_joined(tmp_path):
+    path = tmp_path / "metrics.json"
+    write(path, [{"iteration": 9, "total_loss": 1.0}, {"iteration": 9, "bbox/AP": 30.0}])
+    assert plot_metrics.read_metrics(path) == [{"iteration": 9, "total_loss": 1.0, "bbox/AP": 30.0}]
+
+
+def test_layers_share_a_curve_and_branches_do_not():
+    names = [
+        f"loss_class{branch}{layer}" for branch in ("", "_share_v") for layer in ("", "_0", "_1")
+    ]
+    groups = plot_metrics.loss_groups(dict.fromkeys([*names, "lr", "total_loss"]))
+    assert groups == {
+        "loss_class": ["loss_class", "loss_class_0", "loss_class_1"],
+        "loss_class_share_v": [
+            "loss_class_share_v",
+            "loss_class_share_v_0",
+            "loss_class_share_v_1",
+        ],
+    }
+    assert plot_metrics.loss_groups({"loss_bbox_0_share_a": 1}) == {
+        "loss_bbox_share_a": ["loss_bbox_0_share_a"]
+    }
+    assert plot_metrics.branch_of("loss_class") == "student"
+    assert plot_metrics.branch_of("loss_giou_share_a") == "share_a"
+
+
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_writes_a_picture(tmp_path, evaluated):
+    records = [
+        {
+            "iteration": i,
+            "total_loss": 5.0 / i,
+            "loss_class": 3.0 / i,
+            "loss_bbox_dn": 2 / i,
+            "lr": 1,
+        }
+        for i in range(1, 9)
+    ]
+    if evaluated:
+        records[-1].update({"bbox/AP": 20.0, "bbox/AP50": 40.0, "bbox/APl": float("nan")})
+    write(tmp_path / "metrics.json", records, tail='{"iteration": 9, "tot')
+    plot_metrics.main(["--output-dir", str(tmp_path)])
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert min(picture.size) > 500
+        assert len(picture.convert("RGB").getcolors(maxcolors=10**6)) > 50
+
+
+def test_errors_are_one_line(tmp_path):
+    with pytest.raises(SystemExit, match=r"metrics\.json"):
+        plot_metrics.main(["--output-dir", str(tmp_path)])
+    (tmp_path / "metrics.json").write_text('{"half')
+    with pytest.raises(SystemExit, match="holds no record"):
+        plot_metrics.main(["--output-dir", str(tmp_path)])

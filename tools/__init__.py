@@ -1,0 +1,1 @@
+"""Command lines; run them as ``python tools/<name>.py`` from a clone."""
