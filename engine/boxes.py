@@ -1,0 +1,47 @@
+"""Annotations that cannot be trained on."""
+
+import logging
+
+from detectron2.structures import BoxMode
+
+__all__ = ["drop_bad_boxes"]
+
+logger = logging.getLogger(__name__)
+
+
+def drop_bad_boxes(dataset: list[dict]) -> list[dict]:
+    """Return the dataset dicts without unusable boxes and log how many were dropped.
+
+    Dropped are boxes of non-positive width or height and boxes wholly outside their image, the same
+    that detectron2's mapper drops after its transforms. Images stay, even when left without a box.
+    """
+    empty = outside = 0
+    result = []
+    for record in dataset:
+        kept = []
+        for annotation in record.get("annotations", []):
+            fault = _fault(annotation, record)
+            empty += fault == "empty"
+            outside += fault == "outside"
+            if fault is None:
+                kept.append(annotation)
+        changed = len(kept) != len(record.get("annotations", []))
+        result.append({**record, "annotations": kept} if changed else record)
+    if empty or outside:
+        logger.warning(
+            "dropped %d boxes of non-positive size and %d outside their image", empty, outside
+        )
+    return result
+
+
+def _fault(annotation: dict, record: dict) -> str | None:
+    if "bbox" not in annotation:
+        return None
+    mode = annotation.get("bbox_mode", BoxMode.XYWH_ABS)
+    x0, y0, x1, y1 = BoxMode.convert(list(annotation["bbox"]), mode, BoxMode.XYXY_ABS)
+    if not (x1 > x0 and y1 > y0):
+        return "empty"
+    if "width" not in record or "height" not in record:
+        return None
+    inside = x1 > 0 and y1 > 0 and x0 < record["width"] and y0 < record["height"]
+    return None if inside else "outside"

@@ -1,0 +1,118 @@
+"""Are the data sets that a config names there, and do they fit the model?"""
+
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+from detectron2.config import instantiate
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from omegaconf import DictConfig, ListConfig
+
+from .data import is_decodable
+from .errors import UserError, did_you_mean
+
+__all__ = ["build_loader", "check_class_count", "check_datasets", "dataset_names"]
+
+
+def dataset_names(loader: Any) -> list[str]:
+    """Return the names in a ``dataloader.train`` or ``.test`` node; none if it has another form."""
+    dataset = loader.get("dataset") if isinstance(loader, DictConfig) else None
+    names = dataset.get("names") if isinstance(dataset, DictConfig) else None
+    if isinstance(names, str):
+        return [names]
+    return list(names) if isinstance(names, ListConfig | list | tuple) else []
+
+
+def check_datasets(names: list[str]) -> None:
+    """Stop if a data set is not registered, or its annotations or images are not there."""
+    for name in names:
+        known = list(DatasetCatalog.keys())
+        if name not in known:
+            raise UserError(f"data set '{name}' is not registered{did_you_mean(name, known)}")
+        metadata = MetadataCatalog.get(name)
+        for what, attribute in (("annotation file", "json_file"), ("image folder", "image_root")):
+            path = metadata.get(attribute, None)
+            if path and "://" not in path and not os.path.exists(path):
+                root = os.environ.get("DETECTRON2_DATASETS", "datasets")
+                raise UserError(
+                    f"{what} {path} of data set '{name}' not found; set DETECTRON2_DATASETS to the "
+                    f"folder that holds your data sets (now '{root}')"
+                )
+
+
+def build_loader(node: DictConfig) -> Any:
+    """Instantiate a loader node; what is wrong with its data set is told in one line.
+
+    An image that cannot be decoded raises a UserError that names it, unless the loader replaces it.
+    """
+    names = dataset_names(node)
+    check_datasets(names)
+    mapper = node.get("mapper")
+    if mapper is not None:
+        node.mapper = _Named(instantiate(mapper))
+    try:
+        return instantiate(node)
+    except (KeyError, ValueError, AssertionError) as error:
+        for name in names:
+            _explain(name)
+        raise error
+    finally:
+        if mapper is not None:
+            node.mapper = mapper
+
+
+def check_class_count(names: list[str], model: Any) -> None:
+    """Stop if a data set has more classes than the model's ``num_classes``, where it has one."""
+    possible = getattr(model, "num_classes", None)
+    if not isinstance(possible, int):
+        return
+    for name in names:
+        found = len(MetadataCatalog.get(name).get("thing_classes", None) or [])
+        if found > possible:
+            raise UserError(
+                f"data set '{name}' has {found} classes, the model {possible}: "
+                "set the model's num_classes"
+            )
+
+
+class _Named:
+    """A mapper whose error names the image if that is at fault."""
+
+    def __init__(self, mapper: Callable[[dict], Any]) -> None:
+        self.mapper = mapper
+
+    def __call__(self, record: dict) -> Any:
+        try:
+            return self.mapper(record)
+        except Exception as error:
+            if is_decodable(record.get("file_name")):
+                raise
+            raise UserError(f"cannot decode image {record['file_name']}") from error
+
+
+def _explain(name: str) -> None:
+    """Raise a UserError if the annotation file is why a data set could not be loaded."""
+    path = MetadataCatalog.get(name).get("json_file", None)
+    if path is None:
+        return
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+        images = {image["id"] for image in content["images"]}
+        categories = {category["id"] for category in content["categories"]}
+        annotations = content["annotations"]
+    except (ValueError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} is not a COCO annotation file: {reason}") from error
+    if not images or not categories:
+        raise UserError(f"{path} lists {len(images)} images and {len(categories)} categories")
+    for annotation in annotations:
+        which = f"{path}: annotation {annotation.get('id')}"
+        if annotation.get("category_id") not in categories:
+            raise UserError(
+                f"{which} has category_id {annotation.get('category_id')}, "
+                "which is not listed in 'categories'"
+            )
+        if len(annotation.get("bbox", [0] * 4)) != 4:
+            raise UserError(f"{which} has a bbox of {len(annotation['bbox'])} numbers, expected 4")

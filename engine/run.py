@@ -1,0 +1,393 @@
+"""What ``tools/train_net.py`` does, step by step."""
+
+import argparse
+import logging
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import instantiate
+from detectron2.engine import create_ddp_model, default_setup, hooks
+from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.utils import comm
+from detectron2.utils.events import CommonMetricPrinter, JSONWriter, TensorboardXWriter
+from detectron2.utils.logger import setup_logger
+from omegaconf import DictConfig
+from torch import nn
+
+from .checkpoint import AtomicCheckpointer, newest_checkpoint
+from .config import load_config
+from .data import build_resumable_train_loader
+from .datasets import build_loader, check_class_count, check_datasets, dataset_names
+from .ema import ModelEma
+from .errors import UserError
+from .hooks import (
+    CheckpointHook,
+    EmaHook,
+    EvaluationHook,
+    MetricsState,
+    ResumeRng,
+    StopOnSignal,
+    WriterHook,
+    lost_records,
+    truncate_metrics,
+)
+from .reproduce import save_snapshot
+from .trainer import DistillationTrainer, autocast_dtype, unwrap
+
+__all__ = ["evaluate", "main", "train"]
+
+logger = logging.getLogger(__name__)
+
+
+def main(args: argparse.Namespace, runtime: str = "") -> dict:
+    """Train or evaluate as the command line says, and return the results of the evaluation."""
+    config = load_config(args.config_file, args.opts or [])
+    prepare(config, args, runtime)
+    if args.eval_only:
+        return evaluate_checkpoint(config)
+    return train(config, resume=args.resume)
+
+
+def prepare(config: DictConfig, args: argparse.Namespace, runtime: str = "") -> None:
+    """Check what can be checked, settle device and seed, start logging, save the config.
+
+    Raises:
+        UserError: the device or a data set is missing, or no checkpoint to resume from is intact.
+    """
+    config.train.device = resolve_device(config.train.device)
+    if "device" in config.model:
+        config.model.device = config.train.device
+    if "fast_dev_run" in config.train and config.train.fast_dev_run.enabled:
+        config.train.update(max_iter=20, eval_period=10, log_period=1)
+    names = dataset_names(config.dataloader.test)
+    if not args.eval_only:
+        check_settings(config)
+        names += dataset_names(config.dataloader.train)
+    check_datasets(names)
+    Path(config.train.output_dir).mkdir(parents=True, exist_ok=True)
+    for name in ("engine", "detectors", "detrex", "projects"):
+        setup_logger(config.train.output_dir, distributed_rank=comm.get_rank(), name=name)
+    config.train.seed = resolve_seed(config, resume=args.resume and not args.eval_only)
+    default_setup(config, args)
+    if runtime:
+        logger.info("Runtime: %s", runtime)
+
+
+def resolve_device(device: str) -> str:
+    """Return the device that ``train.device`` asks for; "auto" takes CUDA where there is one."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise UserError(f"train.device is '{device}', expected auto, cpu or cuda") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"train.device is '{device}', but this machine has no CUDA: use cpu")
+    return device
+
+
+def check_settings(config: DictConfig) -> None:
+    """Stop if a training setting is out of range."""
+    settings = config.train
+    autocast_dtype(settings.amp.enabled, settings.amp.dtype, settings.device)
+    for key, value in (
+        ("max_iter", settings.max_iter),
+        ("log_period", settings.log_period),
+        ("accumulation_steps", settings.accumulation_steps),
+        ("checkpointer.period", settings.checkpointer.period),
+    ):
+        if value < 1:
+            raise UserError(f"train.{key} is {value}, expected at least 1")
+
+
+def resolve_seed(config: DictConfig, *, resume: bool) -> int:
+    """Return ``train.seed``; a negative one becomes the checkpoint's, or is drawn once for all."""
+    seed = config.train.seed
+    path = checkpoint_to_resume(config) if resume else ""
+    if path:
+        stored = torch.load(path, map_location="cpu", mmap=True, weights_only=True).get("seed")
+        if seed >= 0 and stored not in (None, seed):
+            logger.warning(
+                "train.seed is %d, the checkpoint's %d: data order changes", seed, stored
+            )
+        seed = stored if seed < 0 and stored is not None else seed
+    if seed < 0:
+        seed = comm.all_gather(int.from_bytes(os.urandom(4), "little") >> 1)[0]
+    return seed
+
+
+def checkpoint_to_resume(config: DictConfig) -> str:
+    """Return the checkpoint all processes resume from, or an empty string."""
+    path, problem = "", ""
+    if comm.is_main_process():
+        try:
+            path = newest_checkpoint(config.train.output_dir)
+        except UserError as error:
+            problem = str(error)
+    path, problem = comm.all_gather((path, problem))[0]
+    if problem:
+        raise UserError(problem)
+    return path
+
+
+def train(config: DictConfig, *, resume: bool = False) -> dict:
+    """Train, evaluate at the end, and return the last evaluation's results."""
+    settings = config.train
+    loader = build_train_loader(config)
+    model = build_model(config)
+    check_class_count(dataset_names(config.dataloader.train), model)
+    ema = build_ema(config, model)
+    config.optimizer.params.model = model
+    optimizer = instantiate(config.optimizer)
+    config.optimizer.params.model = None
+    trainer = DistillationTrainer(
+        wrap_for_processes(model, config),
+        loader,
+        optimizer,
+        amp_dtype=autocast_dtype(settings.amp.enabled, settings.amp.dtype, settings.device),
+        clip_grad=settings.clip_grad.params if settings.clip_grad.enabled else None,
+        accumulation_steps=settings.accumulation_steps,
+        log_period=settings.log_period,
+    )
+    averages = {"ema_state": ema} if ema else {}
+    checkpointer = AtomicCheckpointer(model, settings.output_dir, trainer=trainer, **averages)
+    checkpointer.extra = {"seed": settings.seed}
+    trainer.on_nonfinite = snapshot_writer(settings.output_dir, trainer)
+
+    results: dict = {}
+    metrics, evaluation = register_stateful_hooks(config, trainer, checkpointer, ema, results)
+    start, rng = load_state(config, checkpointer, trainer, resume=resume)
+    metrics.catch_up, evaluation.redo = prepare_output(config, start)
+    register_closing_hooks(config, trainer, checkpointer, start, rng, metrics.catch_up)
+    trainer.train(start, settings.max_iter)
+    logger.info("Results, checkpoints and logs are in %s", Path(settings.output_dir).resolve())
+    return results
+
+
+def build_train_loader(config: DictConfig) -> Any:
+    """Build the training data; our own loader gets the run's seed unless it has one."""
+    node = config.dataloader.train
+    if node["_target_"] in (
+        build_resumable_train_loader,
+        target_name(build_resumable_train_loader),
+    ):
+        node.seed = config.train.seed if node.get("seed") is None else node.seed
+    return build_loader(node)
+
+
+def target_name(function: Any) -> str:
+    """Return the name by which a config refers to ``function``."""
+    return f"{function.__module__}.{function.__qualname__}"
+
+
+def build_model(config: DictConfig) -> nn.Module:
+    """Build the model on its device, compiled in place if ``train.compile`` says so."""
+    model = instantiate(config.model).to(config.train.device)
+    if config.train.compile.enabled:
+        model.compile(**config.train.compile.options)
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    logger.info("Model:\n%s", model)
+    logger.info("%s has %.3f M trainable parameters", type(model).__name__, count / 1e6)
+    return model
+
+
+def build_ema(config: DictConfig, model: nn.Module) -> ModelEma | None:
+    """Build the moving average of the weights, or None if it is off."""
+    settings = config.train.model_ema
+    return ModelEma(model, settings.decay, settings.device) if settings.enabled else None
+
+
+def wrap_for_processes(model: nn.Module, config: DictConfig) -> nn.Module:
+    """Wrap the model for distributed training if there are several processes."""
+    on_cuda = torch.device(config.train.device).type == "cuda"
+    device_ids = [torch.cuda.current_device()] if on_cuda else None
+    with warnings.catch_warnings():  # of a new name for detectron2's broadcast_buffers
+        warnings.simplefilter("ignore", FutureWarning)
+        return create_ddp_model(model, device_ids=device_ids, **config.train.ddp)
+
+
+def load_state(
+    config: DictConfig, checkpointer: AtomicCheckpointer, trainer: DistillationTrainer, resume: bool
+) -> tuple[int, list | None]:
+    """Resume or load initial weights.
+
+    Returns:
+        the first iteration to do, and each process's random state if training resumes.
+    """
+    path = checkpoint_to_resume(config) if resume else ""
+    if not path:
+        checkpointer.strictness = "partial" if config.train.init_partial else "initialise"
+        checkpointer.load(config.train.init_checkpoint, checkpointables=[])
+        return 0, None
+    checkpointer.strictness = "resume"
+    rest = checkpointer.load(path)
+    start = min(trainer.iter + 1, config.train.max_iter)
+    if hasattr(trainer.data_loader, "seek"):
+        trainer.data_loader.seek(start * trainer.accumulation_steps)
+    else:
+        logger.warning(
+            "dataloader.train cannot continue where it stopped: the data order starts anew "
+            "(engine.data.build_resumable_train_loader can)"
+        )
+    return start, rest.get("rng")
+
+
+def prepare_output(config: DictConfig, start: int) -> tuple[bool, bool]:
+    """Remove from metrics.json what will be written again; set an earlier run's files aside.
+
+    Returns:
+        whether an interruption has prevented the log line, and the evaluation, of the iteration
+        before ``start``.
+    """
+    folder = Path(config.train.output_dir)
+    no_line, no_evaluation = False, False
+    if comm.is_main_process():
+        if start:
+            truncate_metrics(folder / "metrics.json", start)
+            no_line, no_evaluation = lost_records(folder / "metrics.json", start - 1)
+        else:
+            set_aside(folder)
+    due = start % config.train.log_period == 0 or start == config.train.max_iter
+    no_line, no_evaluation = comm.all_gather((no_line and due, no_evaluation))[0]
+    return no_line, no_evaluation
+
+
+def set_aside(folder: Path) -> None:
+    """Move the results of an earlier run in ``folder`` to ``folder``/previous."""
+    patterns = ("model_*.pth", "nonfinite_*.pth", "last_checkpoint", "metrics.json", "events.*")
+    files = [path for pattern in patterns for path in folder.glob(pattern)]
+    if not files:
+        return
+    previous = folder / "previous"
+    shutil.rmtree(previous, ignore_errors=True)
+    previous.mkdir()
+    for path in files:
+        path.rename(previous / path.name)
+    logger.info("Starting anew: the earlier run's files are now in %s", previous)
+
+
+def register_stateful_hooks(
+    config: DictConfig,
+    trainer: DistillationTrainer,
+    checkpointer: AtomicCheckpointer,
+    ema: ModelEma | None,
+    results: dict,
+) -> tuple[MetricsState, EvaluationHook]:
+    """Register the hooks that keep a state, before it is loaded, and return two of them.
+
+    ``results`` will hold the latest evaluation's.
+    """
+    settings = config.train
+    model = unwrap(trainer.model)
+
+    def run_evaluation() -> dict:
+        results.clear()
+        results.update(evaluate(config, model, ema))
+        return results
+
+    evaluation = EvaluationHook(
+        settings.eval_period, run_evaluation, checkpointer, settings.best_metric
+    )
+    trainer.register_hooks(
+        [
+            hooks.IterationTimer(),
+            hooks.LRScheduler(scheduler=instantiate(config.lr_multiplier)),
+            EmaHook(ema) if ema else None,
+            metrics := MetricsState(),
+            CheckpointHook(checkpointer, **settings.checkpointer),
+            evaluation,
+        ]
+    )
+    return metrics, evaluation
+
+
+def register_closing_hooks(
+    config: DictConfig,
+    trainer: DistillationTrainer,
+    checkpointer: AtomicCheckpointer,
+    start: int,
+    rng: list | None,
+    catch_up: bool,
+) -> None:
+    """Register the hooks that come last in each iteration, or last before the first."""
+    settings = config.train
+    writers = []
+    if comm.is_main_process():
+        writers = [
+            CommonMetricPrinter(settings.max_iter),
+            JSONWriter(os.path.join(settings.output_dir, "metrics.json")),
+            TensorboardXWriter(settings.output_dir, purge_step=start if start else None),
+        ]
+    trainer.register_hooks(
+        [
+            WriterHook(writers, settings.log_period, catch_up),
+            StopOnSignal(checkpointer),
+            ResumeRng(rng),
+        ]
+    )
+
+
+def snapshot_writer(folder: str, trainer: DistillationTrainer) -> Any:
+    """Return a function that keeps what reproduces a step whose loss is not finite."""
+
+    def write(iteration: int, snapshot: dict) -> str:
+        path = Path(folder, f"nonfinite_{iteration:07d}.pth")
+        model = unwrap(trainer.model).state_dict()
+        state = {"model": model, "trainer": trainer.state_dict(), **snapshot}
+        save_snapshot(state, path)
+        return str(path)
+
+    return write
+
+
+def evaluate(config: DictConfig, model: nn.Module, ema: ModelEma | None = None) -> dict:
+    """Evaluate the model on ``dataloader.test``, and its averaged weights if there are any.
+
+    Returns:
+        the evaluator's nested dict of numbers; those of the averages under the key "ema".
+        Empty in other processes than the first.
+    """
+    if "evaluator" not in config.dataloader:
+        logger.warning("the config has no dataloader.evaluator: nothing is evaluated")
+        return {}
+    results = evaluate_once(config, model)
+    if ema is not None:
+        logger.info("Evaluating the averaged weights")
+        with ema.applied():
+            averaged = evaluate_once(config, model)
+        if averaged:
+            results["ema"] = averaged
+    return results
+
+
+def evaluate_once(config: DictConfig, model: nn.Module) -> dict:
+    """Evaluate the model as it is and print its results table."""
+    loader = build_loader(config.dataloader.test)
+    check_class_count(dataset_names(config.dataloader.test), model)
+    results = inference_on_dataset(model, loader, instantiate(config.dataloader.evaluator)) or {}
+    if results and comm.is_main_process():
+        print_csv_format(results)
+    return dict(results)
+
+
+def evaluate_checkpoint(config: DictConfig) -> dict:
+    """Evaluate ``train.init_checkpoint``, which must hold every weight of the model."""
+    settings = config.train
+    if not settings.init_checkpoint:
+        raise UserError("--eval-only needs weights: set train.init_checkpoint=FILE")
+    model = build_model(config).eval()
+    averaged = settings.model_ema.enabled and settings.model_ema.use_ema_weights_for_eval_only
+    ema = build_ema(config, model) if averaged else None
+    averages = {"ema_state": ema} if ema else {}
+    checkpointer = AtomicCheckpointer(model, "", **averages)
+    checkpointer.strictness = "evaluate"
+    checkpointer.load(settings.init_checkpoint)
+    if ema:
+        if not ema.state:
+            raise UserError(f"{settings.init_checkpoint} holds no averaged weights (ema_state)")
+        ema.apply()
+    return evaluate(config, model)

@@ -1,0 +1,160 @@
+"""What may be wrong with data sets and settings is said in one line, before any work."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from tiny_run import metrics, run_tiny
+
+from engine.errors import UserError, exit_code_of
+from engine.processes import started_by_torchrun
+from engine.run import resolve_device
+
+
+@pytest.fixture
+def own_data(tiny_data, tmp_path):
+    """A copy of the tiny data that a test may spoil, registered as ``spoilt``."""
+    folder = tmp_path / "images"
+    shutil.copytree(tiny_data, folder)
+    register_coco_instances("spoilt", {}, str(folder / "instances.json"), str(folder))
+    yield folder
+    DatasetCatalog.remove("spoilt")
+    MetadataCatalog.remove("spoilt")
+
+
+def edit(folder, change):
+    path = folder / "instances.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def use(name):
+    return [f"dataloader.{part}.dataset.names={name}" for part in ("train", "test")]
+
+
+def fails(tmp_path, *overrides, **options):
+    with pytest.raises(UserError) as caught:
+        run_tiny(tmp_path / "out", *overrides, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_unknown_name(tmp_path):
+    message = fails(tmp_path, "dataloader.train.dataset.names=tiny_trian")
+    assert message == "data set 'tiny_trian' is not registered (did you mean 'tiny_train'?)"
+
+
+@pytest.mark.parametrize("what", ["annotation file", "image folder"])
+def test_missing_files(own_data, tmp_path, what, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", "/some/where")
+    metadata = MetadataCatalog.get("spoilt")
+    if what == "annotation file":
+        path = metadata.json_file
+        Path(path).unlink()
+    else:
+        path = metadata.image_root
+        shutil.rmtree(path)
+        (tmp_path / "images").mkdir()
+        (tmp_path / "images" / "instances.json").write_text("{}")
+        shutil.move(tmp_path / "images", tmp_path / "elsewhere")
+        metadata_json = str(tmp_path / "elsewhere" / "instances.json")
+        DatasetCatalog.remove("spoilt")
+        MetadataCatalog.remove("spoilt")
+        register_coco_instances("spoilt", {}, metadata_json, path)
+    message = fails(tmp_path, *use("spoilt"))
+    assert message.startswith(f"{what} {path} of data set 'spoilt' not found; set DETECTRON2_DATA")
+    assert "/some/where" in message
+
+
+def test_unlisted_category(own_data, tmp_path):
+    edit(own_data, lambda c: c["annotations"][3].update(category_id=77))
+    assert fails(tmp_path, *use("spoilt")) == (
+        f"{own_data}/instances.json: annotation 4 has category_id 77, "
+        "which is not listed in 'categories'"
+    )
+
+
+def test_not_an_annotation_file(own_data, tmp_path):
+    (own_data / "instances.json").write_text('{"images": [')
+    message = fails(tmp_path, *use("spoilt"))
+    assert message.startswith(f"{own_data}/instances.json is not a COCO annotation file: ")
+
+
+def test_bad_boxes_are_dropped_in_training(own_data, tmp_path, engine_log):
+    def spoil(content):
+        content["annotations"][0]["bbox"][2] = 0
+        content["annotations"][1]["bbox"][0] = 500
+
+    edit(own_data, spoil)
+    run_tiny(tmp_path / "out", *use("spoilt"), "train.max_iter=6")
+    assert "dropped 1 boxes of non-positive size and 1 outside their image" in engine_log.text
+    assert len(metrics(tmp_path / "out")) == 7
+
+
+def test_undecodable_image_is_skipped_in_training(own_data, tmp_path, engine_log):
+    broken = own_data / "003.png"
+    broken.write_bytes(broken.read_bytes()[:50])
+    run_tiny(tmp_path / "out", "dataloader.train.dataset.names=spoilt", "train.max_iter=8")
+    assert engine_log.text.count(f"cannot decode image {broken}") == 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_undecodable_image_stops_an_evaluation(own_data, tmp_path, workers, capfd):
+    run_tiny(tmp_path / "out", "train.max_iter=1")
+    (own_data / "003.png").write_bytes(b"nothing")
+    capfd.readouterr()
+    code = exit_code_of(
+        lambda: run_tiny(
+            tmp_path / "e",
+            *use("spoilt"),
+            f"dataloader.test.num_workers={workers}",
+            f"train.init_checkpoint={tmp_path}/out/model_final.pth",
+            eval_only=True,
+        )
+    )
+    assert code == 2
+    assert capfd.readouterr().err.endswith(f"error: cannot decode image {own_data}/003.png\n")
+
+
+def test_more_classes_than_the_model(tmp_path):
+    message = fails(tmp_path, "model.num_classes=2")
+    assert message == (
+        "data set 'tiny_train' has 3 classes, the model 2: set the model's num_classes"
+    )
+
+
+def test_settings_out_of_range(tmp_path):
+    assert fails(tmp_path, "train.max_iter=0") == "train.max_iter is 0, expected at least 1"
+    assert "total_batch_size is 0" in fails(tmp_path, "dataloader.train.total_batch_size=0")
+    message = fails(tmp_path, "train.amp.enabled=True", "train.amp.dtype=float16")
+    assert "float16 needs CUDA" in message
+
+
+def test_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device("auto") == "cpu"
+    assert resolve_device("cpu") == "cpu"
+    with pytest.raises(UserError, match=r"train\.device is 'cuda', but this machine has no CUDA"):
+        resolve_device("cuda")
+    with pytest.raises(UserError, match="expected auto, cpu or cuda"):
+        resolve_device("gpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert resolve_device("auto") == "cuda"
+
+
+def test_weights_of_another_architecture(tmp_path):
+    torch.save({"a.b": torch.zeros(2)}, tmp_path / "other.pth")
+    message = fails(tmp_path, f"train.init_checkpoint={tmp_path}/other.pth")
+    assert "is of another architecture than the model: " in message
+    assert "1 unknown to the model (a.b)" in message
+
+
+def test_torchrun_is_recognised():
+    assert started_by_torchrun({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})
+    assert not started_by_torchrun({"RANK": "0"})

@@ -1,0 +1,169 @@
+"""Overrides are applied, or refused with a line that helps."""
+
+from pathlib import Path
+
+import pytest
+from detectron2.config import LazyCall as L
+from detectron2.config import LazyConfig
+from omegaconf import OmegaConf
+
+from engine.config import apply_overrides, load_config
+from engine.defaults import TRAIN_DEFAULTS
+from engine.errors import UserError
+
+
+def head(width, depth=2, *, activation="relu"):
+    return width, depth, activation
+
+
+def anything(**options):
+    return options
+
+
+@pytest.fixture
+def config():
+    return OmegaConf.create(
+        {
+            "train": {
+                "max_iter": 10,
+                "lr": 1e-3,
+                "amp": {"enabled": False},
+                "output_dir": "out",
+                "steps": [1, 2, 3],
+                "names": ["a", "b"],
+                "hook": None,
+                "free": {},
+            },
+            "model": L(head)(width=4),
+            "other": L(anything)(a=1),
+            "layers": [{"size": 1}, {"size": 2}],
+            "copy": "${train.max_iter}",
+        },
+        flags={"allow_objects": True},
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("train.max_iter=20", "train.max_iter", 20),
+        ("train.max_iter=2e3", "train.max_iter", 2000),
+        ("train.lr=1", "train.lr", 1.0),
+        ("train.amp.enabled=true", "train.amp.enabled", True),
+        ("train.output_dir=2024", "train.output_dir", "2024"),
+        ("train.output_dir=/a/b", "train.output_dir", "/a/b"),
+        ("train.output_dir=null", "train.output_dir", None),
+        ("train.steps=[4]", "train.steps", [4]),
+        ("train.steps.1=9", "train.steps", [1, 9, 3]),
+        ("train.names=c", "train.names", "c"),
+        ("train.hook={a: 1}", "train.hook", {"a": 1}),
+        ("train.free.new=1", "train.free", {"new": 1}),
+        ("train.amp={enabled: true}", "train.amp", {"enabled": True}),
+        ("layers.1.size=5", "layers", [{"size": 1}, {"size": 5}]),
+        ("layers[0].size=5", "layers", [{"size": 5}, {"size": 2}]),
+        ("model.depth=3", "model.depth", 3),
+        ("model.width=null", "model.width", None),
+        ("other.b=3", "other.b", 3),
+        ("+train.extra=3", "train.extra", 3),
+        ("+train.deep.er=3", "train.deep", {"er": 3}),
+        ("copy=5", "copy", 5),
+        ("train.lr=${copy}", "train.lr", 10),
+    ],
+)
+def test_accepted(config, override, key, value):
+    apply_overrides(config, [override])
+    found = OmegaConf.select(config, key)
+    found = OmegaConf.to_container(found) if OmegaConf.is_config(found) else found
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_deleted(config):
+    apply_overrides(config, ["~train.amp", "~layers.0"])
+    assert "amp" not in config.train
+    assert config.layers == [{"size": 2}]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.max_itr=1", "unknown key 'train.max_itr' (did you mean 'train.max_iter'?)"),
+        ("trian.max_iter=1", "unknown key 'trian.max_iter' (did you mean 'train.max_iter'?)"),
+        ("max_iter=1", "unknown key 'max_iter' (did you mean 'train.max_iter'?)"),
+        ("model.activaton=1", "unknown key 'model.activaton' (did you mean 'model.activation'?)"),
+        ("train.max_iter.x=1", "unknown key 'train.max_iter.x': 'train.max_iter' is the value 10"),
+        ("layers.2.size=1", "unknown key 'layers.2.size': 'layers' is a list of 2"),
+        ("layers.0.sise=1", "unknown key 'layers.0.sise' (did you mean 'layers.0.size'?)"),
+        ("~train.amq", "unknown key 'train.amq' (did you mean 'train.amp'?)"),
+        ("train.max_iter=abc", "train.max_iter='abc' is of type str, expected int"),
+        ("train.max_iter=1.5", "train.max_iter=1.5 is of type float, expected int"),
+        ("train.max_iter=true", "train.max_iter=True is of type bool, expected int"),
+        ("train.max_iter=null", "train.max_iter=None is of type NoneType, expected int"),
+        ("train.lr=[1]", "train.lr=[1] is of type list, expected float"),
+        ("train.amp.enabled=1", "train.amp.enabled=1 is of type int, expected bool"),
+        ("train.amp=1", "train.amp=1 is of type int, expected dict"),
+        ("train.steps=a", "train.steps='a' is of type str, expected list"),
+        ("train.max_iter", "cannot read the override 'train.max_iter'"),
+        ("--resume", "cannot read the override '--resume': options come before the overrides"),
+        ("train.steps=[1,", "cannot read the override 'train.steps=[1,'"),
+    ],
+)
+def test_refused(config, override, message):
+    before = OmegaConf.to_yaml(config.train)
+    with pytest.raises(UserError) as caught:
+        apply_overrides(config, [override])
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+    assert OmegaConf.to_yaml(config.train) == before
+
+
+def test_agrees_with_detectron2_where_that_is_strict_enough(config):
+    overrides = ["train.max_iter=7", "train.steps=[5,6]", "model.width=9", "train.amp.enabled=True"]
+    theirs = LazyConfig.apply_overrides(OmegaConf.create(config), overrides)
+    assert apply_overrides(config, overrides) == theirs
+
+
+COMPLETE = "model = dataloader = optimizer = lr_multiplier = dict()\ntrain = dict(max_iter=3)\n"
+
+
+def test_loading_completes_the_train_node(tmp_path):
+    path = tmp_path / "config.py"
+    path.write_text(COMPLETE)
+    config = load_config(str(path), ["train.accumulation_steps=2"])
+    assert config.train.max_iter == 3
+    assert config.train.accumulation_steps == 2
+    assert config.train.amp.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "config file .*config.py not found"),
+        ("model = (", "cannot load config .*config.py"),
+        ("import no_such_module", "No module named 'no_such_module'"),
+        (COMPLETE.replace("= optimizer", ""), "has no 'optimizer', expected model"),
+    ],
+)
+def test_config_files_that_cannot_be_used(tmp_path, content, message):
+    path = tmp_path / "config.py"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=message) as caught:
+        load_config(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_no_config_file():
+    with pytest.raises(UserError, match="use --config-file"):
+        load_config("")
+
+
+def test_common_settings_are_detrexs_and_ours():
+    from detrex.config import get_config
+
+    path = Path(__file__).parents[2] / "configs" / "common" / "train.py"
+    train = LazyConfig.load(str(path)).train
+    assert set(train) == set(get_config("common/train.py").train) | set(TRAIN_DEFAULTS)
+    assert train.clip_grad.params.max_norm == 0.1
+    assert train.amp == {"enabled": False, "dtype": "bfloat16"}
+    assert train.device == "auto"

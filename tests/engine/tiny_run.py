@@ -1,0 +1,54 @@
+"""Runs of the tiny detector and what they leave behind."""
+
+import json
+import multiprocessing
+import shutil
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+from engine.errors import exit_code_of
+from engine.run import main
+
+CONFIG = Path(__file__).with_name("tiny_config.py")
+
+
+def run_tiny(output, *overrides, resume=False, eval_only=False):
+    """Train or evaluate the tiny detector in this process."""
+    args = Namespace(
+        config_file=str(CONFIG),
+        opts=[f"train.output_dir={output}", *overrides],
+        resume=resume,
+        eval_only=eval_only,
+    )
+    return main(args)
+
+
+def fork_tiny(output, *overrides, **options):
+    """Start such a run in a process of its own; its exit code is that of the command."""
+
+    def work():
+        sys.exit(exit_code_of(lambda: run_tiny(output, *overrides, **options)))
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    return process
+
+
+def metrics(output):
+    """What metrics.json says per iteration, without times."""
+    result = {}
+    for line in Path(output, "metrics.json").read_text().splitlines():
+        record = {k: v for k, v in json.loads(line).items() if "time" not in k and "eta" not in k}
+        assert not set(record) & set(result.get(record["iteration"], {})) - {"iteration"}, "twice"
+        result.setdefault(record["iteration"], {}).update(record)
+    return {i: {k: repr(v) for k, v in record.items()} for i, record in result.items()}
+
+
+def continue_from(source, target, iteration):
+    """Make ``target`` look as if the run in ``source`` was killed after that iteration's save."""
+    Path(target).mkdir()
+    name = f"model_{iteration:07d}.pth"
+    shutil.copy(Path(source, name), target)
+    shutil.copy(Path(source, "metrics.json"), target)
+    Path(target, "last_checkpoint").write_text(name)
