@@ -1,0 +1,24 @@
+"""Does the whole chain learn? Memorise the few images of a small COCO (tools/subset_coco.py)."""
+
+from detectron2.config import LazyCall as L
+from detectron2.data import transforms as T
+
+from .ks_conditional_detr_quickstart import (
+    dataloader,
+    lr_multiplier,
+    model,
+    optimizer,
+    train,
+)
+
+dataloader.train.dataset.names = "coco_2017_train"
+dataloader.test.dataset.names = "coco_2017_train"
+for loader in (dataloader.train, dataloader.test):
+    loader.mapper.augmentation = [L(T.ResizeShortestEdge)(short_edge_length=192, max_size=320)]
+dataloader.train.total_batch_size = 8
+dataloader.test.batch_size = 8
+
+model.num_classes = 80
+model.num_queries = 100
+
+train.output_dir = "./output/quickstart_overfit"
