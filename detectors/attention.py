@@ -101,7 +101,8 @@ class SelfAttention(nn.Module):
         positioned = F.linear(tokens + positions, rows[: 2 * channels], bias[: 2 * channels])
         query, key = positioned.split(channels, dim=-1)
         value = F.linear(tokens, rows[2 * channels :], bias[2 * channels :])
-        return tuple(split_heads(x, self.num_heads) for x in (query, key, value))  # type: ignore
+        heads = self.num_heads
+        return split_heads(query, heads), split_heads(key, heads), split_heads(value, heads)
 
     def forward(self, tokens: Tensor, context: EncoderContext) -> Tensor:
         """Tokens (B, S, C) plus their attention output (B, S, C)."""
@@ -152,9 +153,14 @@ class ConditionalSelfAttention(nn.Module):
         """
         query = self.query_content_proj(content) + self.query_pos_proj(position)
         key = self.key_content_proj(content) + self.key_pos_proj(position)
-        heads = (split_heads(x, self.num_heads) for x in (query, key, self.value_proj(content)))
-        allowed = None if attention_mask is None else ~attention_mask
-        attended = attend(*heads, allowed, self.dropout if self.training else 0.0, maps)
+        attended = attend(
+            split_heads(query, self.num_heads),
+            split_heads(key, self.num_heads),
+            split_heads(self.value_proj(content), self.num_heads),
+            None if attention_mask is None else ~attention_mask,
+            self.dropout if self.training else 0.0,
+            maps,
+        )
         return content + self.out_proj(merge_heads(attended))
 
 

@@ -117,10 +117,11 @@ class ConditionalDecoder(nn.Module):
         references = self.ref_point_head(queries.position).sigmoid()
         sine = get_sine_pos_embed(references, num_pos_feats=self.embed_dim // 2)
         sine = sine.to(references.dtype)
-        masked = memory.padding_mask is not None and (
-            not self.training or self.mask_padding_in_training
-        )
-        padding = memory.for_branches(memory.padding_mask) if masked else None
+        padding = memory.padding_mask
+        if self.training and not self.mask_padding_in_training:
+            padding = None
+        if padding is not None:
+            padding = memory.for_branches(padding)
         content, states = queries.content, []
         for index, layer in enumerate(self.layers):
             # the first layer's content is still empty and has nothing to say about scale
@@ -148,8 +149,8 @@ class ConditionalDETR(Detector):
         self.bbox_embed = MLP(embed_dim, embed_dim, 4, 3)
         prior = 0.01  # every class starts rare, as the focal loss wants it
         nn.init.constant_(self.class_embed.bias, -math.log((1 - prior) / prior))
-        nn.init.zeros_(self.bbox_embed.layers[-1].weight)
-        nn.init.zeros_(self.bbox_embed.layers[-1].bias)
+        for parameter in self.bbox_embed.layers[-1].parameters():
+            nn.init.zeros_(parameter)
 
     def project(self, features: dict[str, Tensor]) -> list[Tensor]:
         """The last backbone map, projected."""

@@ -23,6 +23,7 @@ from .structures import (
     Queries,
     Targets,
 )
+from .transformer import Transformer
 
 
 class Detector(nn.Module):
@@ -47,13 +48,16 @@ class Detector(nn.Module):
             results depend on the other images of a batch; False reproduces its numbers.
     """
 
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
     def __init__(
         self,
         *,
         backbone: nn.Module,
         in_features: Sequence[str],
         position_embedding: nn.Module,
-        transformer: nn.Module,
+        transformer: Transformer,
         num_classes: int,
         criterion: nn.Module,
         aux_loss: bool = True,
@@ -125,7 +129,8 @@ class Detector(nn.Module):
                 )
             instances = item["instances"]
             height, width = instances.image_size
-            labels, boxes = instances.gt_classes, instances.gt_boxes.tensor
+            labels = instances.gt_classes
+            boxes = instances.gt_boxes.tensor.to(self.pixel_mean.dtype)
             if labels.numel() and not 0 <= labels.min() <= labels.max() < self.num_classes:
                 found = f"{int(labels.min())}..{int(labels.max())}"
                 raise ValueError(
@@ -241,7 +246,7 @@ class Detector(nn.Module):
         return output
 
     def _loss_weight(self, name: str) -> float:
-        weights = self.criterion.weight_dict
+        weights: dict[str, float] = self.criterion.weight_dict  # type: ignore[assignment]
         return weights.get(name, weights.get(re.sub(r"_\d+$", "", name), 1.0))
 
 

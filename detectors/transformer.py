@@ -7,7 +7,7 @@ import copy
 from detrex.layers import FFN
 from torch import Tensor, nn
 
-from .structures import EncoderContext, FeatureMaps, Memory, Targets
+from .structures import Branch, EncoderContext, FeatureMaps, Memory, Targets
 
 
 class EncoderLayer(nn.Module):
@@ -29,13 +29,17 @@ class EncoderLayer(nn.Module):
         activation: nn.Module | None = None,
     ):
         super().__init__()
-        channels = attention.embed_dim
+        channels: int = attention.embed_dim  # type: ignore[assignment]
         self.embed_dim = channels
         self.attentions = nn.ModuleList([attention])
         self.ffns = nn.ModuleList(
             [feed_forward(channels, feedforward_dim, ffn_dropout, activation)]
         )
         self.norms = nn.ModuleList([nn.LayerNorm(channels), nn.LayerNorm(channels)])
+
+    def branches(self, context: EncoderContext) -> tuple[Branch, ...]:
+        """The branches that :meth:`forward` returns, stacked along the batch axis."""
+        return self.attentions[0].branches(context)  # type: ignore[operator]
 
     def forward(self, tokens: Tensor, context: EncoderContext) -> Tensor:
         """Tokens (B, S, C) to (R * B, S, C)."""
@@ -67,9 +71,12 @@ class Encoder(nn.Module):
         batch = tokens.shape[0]
         for layer in self.layers:
             tokens = layer(tokens[:batch], context)  # only the student's branch goes on
-        branches = self.layers[-1].attentions[0].branches(context)
         return Memory(
-            tokens, context.padding_mask, context.positions, features.spatial_shapes, branches
+            tokens,
+            context.padding_mask,
+            context.positions,
+            features.spatial_shapes,
+            layer.branches(context),  # type: ignore[operator]
         )
 
 
@@ -88,8 +95,9 @@ class Transformer(nn.Module):
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
         for module in self.modules():
-            if module is not self and hasattr(module, "init_weights"):
-                module.init_weights()
+            init_weights = getattr(module, "init_weights", None)
+            if init_weights is not None:
+                init_weights()
 
 
 def feed_forward(

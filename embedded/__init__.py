@@ -26,7 +26,7 @@ def activate() -> str:
 
 def _resolve(name: str, embedded_folder: Path) -> str:
     spec = importlib.util.find_spec(name)
-    if spec is None:
+    if spec is None or spec.origin is None:  # a mere folder of that name is no package
         sys.path.append(str(embedded_folder))
         importlib.invalidate_caches()
         spec = importlib.util.find_spec(name)

@@ -131,14 +131,23 @@ def _may_add(node: DictConfig, part: str) -> bool:
 
 
 def _parameters(node: DictConfig) -> tuple[list[str], bool]:
+    """Names of the called function's parameters, and whether it takes any other too."""
     target = node["_target_"]
     try:
         function: Any = pydoc.locate(target) if isinstance(target, str) else target
-        signature = inspect.signature(function)
+        functions = [function]
+        if inspect.isclass(function):  # a constructor's **kwargs are its base class's parameters
+            bases = inspect.getmro(function)
+            functions = [vars(base)["__init__"] for base in bases if "__init__" in vars(base)]
+        names = []
+        for function in functions:
+            parameters = list(inspect.signature(function).parameters.values())
+            names += [p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+            if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+                return names, False
     except Exception:  # a target that cannot be imported or inspected is not for us to judge
         return [], True
-    parameters = signature.parameters.values()
-    return [p.name for p in parameters], any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return names, True
 
 
 def _suggestion(config: DictConfig, node: DictConfig, where: str, part: str, key: str) -> str:

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, ListConfig
 
 from .data import is_decodable
 from .errors import UserError, did_you_mean
+from .registration import register_shapes
 
 __all__ = ["build_loader", "check_class_count", "check_datasets", "dataset_names"]
 
@@ -26,6 +27,7 @@ def dataset_names(loader: Any) -> list[str]:
 
 def check_datasets(names: list[str]) -> None:
     """Stop if a data set is not registered, or its annotations or images are not there."""
+    register_shapes()  # a run started from a saved yaml has not executed their config
     for name in names:
         known = list(DatasetCatalog.keys())
         if name not in known:

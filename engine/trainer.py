@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import resource
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -162,6 +163,9 @@ class DistillationTrainer(SimpleTrainer):
         self.storage.put_scalar("data_time", max(data_times))
         self.storage.put_scalar("total_loss", sum(means.values()))
         self.storage.put_scalars(**{k: v for k, v in means.items() if k != "total_loss"})
+        if self.device.type == "cpu":  # on CUDA the writers report the device's memory themselves
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            self.storage.put_scalar("max_mem_MB[metric]", peak, smoothing_hint=False)
 
     def _optimize(self) -> None:
         log_norm = (self.iter + 1) % self.log_period == 0

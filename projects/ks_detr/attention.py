@@ -106,33 +106,33 @@ class KnowledgeSharingAttention(SelfAttention):
         if context.targets is None:
             return super().forward(tokens, context)
         query, key, value = self.project(tokens, context.positions)
-        query_t, key_t, value_t = self._project_teacher(tokens, context)
+        query_key_t, value_t = self._project_teacher(tokens, context)
         allowed, dropout = allow_unpadded(context.padding_mask), self.active_dropout
-        values = [value] if value_t is None else [value, value_t]
         # one softmax and one dropout draw serve A V and A V^t
-        shared_a = attend(query, key, torch.cat(values, dim=-1), allowed, dropout)
+        shared_a = attend(query, key, torch.cat([value, *value_t], dim=-1), allowed, dropout)
         student, *share_a = shared_a.split(value.shape[-1], dim=-1)
-        share_v = [] if query_t is None else [attend(query_t, key_t, value, allowed, dropout)]
+        share_v = [attend(*query_key_t, value, allowed, dropout)] if query_key_t else []
         attended = torch.cat([merge_heads(x) for x in (student, *share_v, *share_a)])
         residual = tokens.repeat(1 + len(self.teacher_branches), 1, 1)
         return residual + self.attn.out_proj(attended)
 
     def _project_teacher(
         self, tokens: Tensor, context: EncoderContext
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Q^t, K^t, V^t (B, H, S, C / H) of the teacher features; None for what no branch uses."""
+    ) -> tuple[tuple[Tensor, Tensor] | None, list[Tensor]]:
+        """``(Q^t, K^t)`` and ``[V^t]``, each (B, H, S, C / H); None and [] where no branch uses them."""
         assert context.targets is not None
         teacher = self.teacher
         foreground = foreground_mask(context.features, context.targets, self.box_padding)
         features = teacher.features(tokens, foreground, context.padding_mask)
         names = [branch.name for branch in self.teacher_branches]
         weight, bias, channels = teacher.in_proj_weight, teacher.in_proj_bias, self.embed_dim
-        query = key = value = None
+        query_key, value = None, []
         if "share_v" in names:
             rows = slice(2 * channels)
             positioned = F.linear(features + context.positions, weight[rows], bias[rows])
-            query, key = (split_heads(x, self.num_heads) for x in positioned.split(channels, -1))
+            query, key = positioned.split(channels, dim=-1)
+            query_key = split_heads(query, self.num_heads), split_heads(key, self.num_heads)
         if "share_a" in names:
             rows = slice(len(weight) - channels, None)
-            value = split_heads(F.linear(features, weight[rows], bias[rows]), self.num_heads)
-        return query, key, value
+            value = [split_heads(F.linear(features, weight[rows], bias[rows]), self.num_heads)]
+        return query_key, value

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import nn
+
+from detectors.attention import SelfAttention
 from detectors.transformer import Encoder
 
 from .attention import BranchName, ForegroundMark, ForegroundMLP, KnowledgeSharingAttention
@@ -28,15 +31,22 @@ def share_knowledge(
     Returns:
         The same encoder.
     """
-    makers = {"smlp": lambda: ForegroundMLP(encoder.embed_dim), "mark": ForegroundMark}
-    if teacher_features not in makers:
+    features: nn.Module
+    if teacher_features == "smlp":
+        features = ForegroundMLP(encoder.embed_dim)
+    elif teacher_features == "mark":
+        features = ForegroundMark()
+    else:
         raise ValueError(f"teacher_features is {teacher_features!r}, expected 'smlp' or 'mark'")
-    layer = encoder.layers[-1]
-    layer.attentions[0] = KnowledgeSharingAttention(
-        layer.attentions[0],
-        makers[teacher_features](),
-        tuple(branches),
-        teacher_aux_loss,
-        box_padding,
+    attentions = encoder.layers[-1].get_submodule("attentions")
+    student = attentions.get_submodule("0")
+    if not isinstance(student, SelfAttention) or isinstance(student, KnowledgeSharingAttention):
+        raise TypeError(
+            f"the last encoder layer has {type(student).__name__}, "
+            "knowledge is shared with a plain SelfAttention"
+        )
+    teaching = KnowledgeSharingAttention(
+        student, features, tuple(branches), teacher_aux_loss, box_padding
     )
+    attentions.register_module("0", teaching)
     return encoder

@@ -20,6 +20,17 @@ def anything(**options):
     return options
 
 
+class Base:
+    def __init__(self, *, width, depth=2):
+        self.size = width, depth
+
+
+class Derived(Base):
+    def __init__(self, *, heads=1, **base):
+        super().__init__(**base)
+        self.heads = heads
+
+
 @pytest.fixture
 def config():
     return OmegaConf.create(
@@ -124,6 +135,13 @@ def test_agrees_with_detectron2_where_that_is_strict_enough(config):
 
 
 COMPLETE = "model = dataloader = optimizer = lr_multiplier = dict()\ntrain = dict(max_iter=3)\n"
+
+
+def test_a_constructor_that_passes_keywords_on_takes_those_of_its_base():
+    config = OmegaConf.create({"model": L(Derived)(width=4)}, flags={"allow_objects": True})
+    assert apply_overrides(config, ["model.depth=3", "model.heads=2"]).model.depth == 3
+    with pytest.raises(UserError, match=r"unknown key 'model.deph' \(did you mean 'model.depth'"):
+        apply_overrides(config, ["model.deph=3"])
 
 
 def test_loading_completes_the_train_node(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import re
 import shutil
 import sys
 from argparse import Namespace
@@ -10,6 +11,7 @@ from pathlib import Path
 from engine.errors import exit_code_of
 from engine.run import main
 
+_VARIES = re.compile("time|eta|mem")
 CONFIG = Path(__file__).with_name("tiny_config.py")
 
 
@@ -39,7 +41,7 @@ def metrics(output):
     """What metrics.json says per iteration, without times."""
     result = {}
     for line in Path(output, "metrics.json").read_text().splitlines():
-        record = {k: v for k, v in json.loads(line).items() if "time" not in k and "eta" not in k}
+        record = {k: v for k, v in json.loads(line).items() if not _VARIES.search(k)}
         assert not set(record) & set(result.get(record["iteration"], {})) - {"iteration"}, "twice"
         result.setdefault(record["iteration"], {}).update(record)
     return {i: {k: repr(v) for k, v in record.items()} for i, record in result.items()}

@@ -8,8 +8,10 @@ import torch
 
 from detectors.attention import SelfAttention
 from detectors.structures import EncoderContext, FeatureMaps
+from detectors.transformer import Encoder, EncoderLayer
 from projects.ks_detr import attention as ks
 from projects.ks_detr.checkpoint import from_released
+from projects.ks_detr.encoder import share_knowledge
 
 CASES = {
     "triple": ("share_v", "share_a"),
@@ -121,3 +123,14 @@ def test_student_and_share_a_use_the_same_dropout_draw(monkeypatch):
 def test_unknown_branch_is_refused():
     with pytest.raises(ValueError, match="share_q"):
         ks.KnowledgeSharingAttention(SelfAttention(16, 2), ks.ForegroundMark(), ("share_q",))
+
+
+def test_only_a_plain_encoder_is_extended():
+    encoder = Encoder(EncoderLayer(SelfAttention(16, 2), feedforward_dim=8), num_layers=2)
+    share_knowledge(encoder, branches=["share_a"])
+    assert isinstance(encoder.layers[1].attentions[0], ks.KnowledgeSharingAttention)
+    assert not isinstance(encoder.layers[0].attentions[0], ks.KnowledgeSharingAttention)
+    with pytest.raises(TypeError, match="has KnowledgeSharingAttention"):
+        share_knowledge(encoder)
+    with pytest.raises(ValueError, match="'concat', expected 'smlp' or 'mark'"):
+        share_knowledge(encoder, teacher_features="concat")

@@ -1,0 +1,46 @@
+# make quickstart   train and evaluate KS-Conditional-DETR on generated images
+# make test         the whole test suite; ARGS="-k boxes" goes to pytest
+# make lint         format, lint and types
+# make env          only the environment that the others use
+#
+# VENV=path     use this environment; only what it lacks is installed      (.venv)
+# TORCH=...     what pip shall install as torch, e.g. "torch==2.9.1"       (see tools/setup_env.py)
+# PYTHON=...    makes a new environment, Python 3.10 or newer              (python3)
+
+SHELL := /bin/bash
+VENV ?= .venv
+PYTHON ?= python3
+TORCH ?=
+ARGS ?=
+
+RUN := $(VENV)/bin/python
+CONFIG := projects/ks_detr/configs/ks_conditional_detr_quickstart.py
+DATA := datasets/shapes
+OUTPUT := output/quickstart
+
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+export PYTHONUNBUFFERED := 1
+
+.PHONY: env quickstart test lint
+
+env:
+	@$(if $(wildcard $(RUN)),$(RUN),$(PYTHON)) tools/setup_env.py $(VENV) --torch "$(TORCH)"
+
+quickstart: export DETECTRON2_DATASETS := $(CURDIR)/datasets
+quickstart: env
+	$(RUN) tools/make_shapes.py --preset quickstart --output $(DATA)
+	$(RUN) tools/train_net.py --config-file $(CONFIG) --resume
+	$(RUN) tools/visualize_predictions.py --output-dir $(OUTPUT) --dataset shapes_val
+	$(RUN) tools/plot_metrics.py --output-dir $(OUTPUT)
+	@echo
+	@echo "Everything is in $(OUTPUT)/:"
+	@cd $(OUTPUT) && ls -d config.yaml metrics.json events.* model_*.pth *.png
+
+test: export OMP_NUM_THREADS := 1
+test: env
+	$(RUN) -m pytest -n auto --maxprocesses 8 $(ARGS)
+
+lint: env
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy

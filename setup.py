@@ -1,0 +1,51 @@
+"""Build of the compiled operators; all other facts about the package stand in pyproject.toml.
+
+All sources below ``ops/csrc`` go into one extension, ``ops._C``. It is optional: without sources,
+torch or a working compiler the package installs all the same and runs its pure-PyTorch path.
+"""
+
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+ROOT = Path(__file__).resolve().parent
+
+
+def warn(reason: str) -> None:
+    """Say once, in one line, that the compiled operators will be missing."""
+    print(
+        f"warning: compiled operators were not built ({reason}); the pure-PyTorch path is used",
+        file=sys.stderr,
+    )
+
+
+def build_arguments() -> dict:
+    """Return ``setup``'s arguments for the extension; none where it cannot or need not be built."""
+    sources = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("ops/csrc/**/*.cpp"))
+    if not sources:
+        return {}
+    try:
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ImportError as error:
+        warn(f"{error}; install torch first, then this project with --no-build-isolation")
+        return {}
+
+    class OptionalBuild(BuildExtension):
+        """Compile the operators; a failure costs speed, never the installation."""
+
+        def run(self) -> None:
+            try:
+                super().run()
+            except Exception as error:
+                self.extensions: list[Extension] = []  # what is not built is not installed either
+                for stale in ROOT.glob("ops/_C*.so"):  # from other sources or another torch
+                    stale.unlink()
+                lines = str(error).strip().splitlines()
+                warn(lines[0] if lines else type(error).__name__)
+
+    extension = CppExtension("ops._C", sources, extra_compile_args=["-O3"])
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": OptionalBuild}}
+
+
+setup(**build_arguments())
