@@ -27,6 +27,8 @@ env:
 	@$(if $(wildcard $(RUN)),$(RUN),$(PYTHON)) tools/setup_env.py $(VENV) --torch "$(TORCH)"
 
 quickstart: export DETECTRON2_DATASETS := $(CURDIR)/datasets
+# waiting threads sleep instead of spinning, which would starve the others on a busy machine
+quickstart: export OMP_WAIT_POLICY := PASSIVE
 quickstart: env
 	$(RUN) tools/make_shapes.py --preset quickstart --output $(DATA)
 	$(RUN) tools/train_net.py --config-file $(CONFIG) --resume

@@ -78,6 +78,7 @@ class ConditionalDecoder(nn.Module):
         ffn_dropout: dropout of the feed-forward networks.
         activation: of the feed-forward networks; each layer owns a copy.
         num_layers: L, at least one.
+        temperature: of the sine embedding of reference points, that of the position embedding.
         mask_padding_in_training: keep the cross-attention off padded cells in training too.
             detrex does not, and its weights are trained that way. In evaluation padding is masked
             whenever the memory says where it is.
@@ -92,12 +93,14 @@ class ConditionalDecoder(nn.Module):
         ffn_dropout: float = 0.1,
         activation: nn.Module | None = None,
         num_layers: int = 6,
+        temperature: int = 10000,
         mask_padding_in_training: bool = False,
     ):
         super().__init__()
         if num_layers < 1:
             raise ValueError(f"num_layers is {num_layers}, a decoder needs at least 1")
         self.embed_dim = embed_dim
+        self.temperature = temperature
         self.mask_padding_in_training = mask_padding_in_training
         self.layers = nn.ModuleList(
             ConditionalDecoderLayer(
@@ -115,7 +118,7 @@ class ConditionalDecoder(nn.Module):
     ) -> DecoderOutput:
         """Decode all branches at once; states are post-normed."""
         references = self.ref_point_head(queries.position).sigmoid()
-        sine = get_sine_pos_embed(references, num_pos_feats=self.embed_dim // 2)
+        sine = get_sine_pos_embed(references, self.embed_dim // 2, self.temperature)
         sine = sine.to(references.dtype)
         padding = memory.padding_mask
         if self.training and not self.mask_padding_in_training:

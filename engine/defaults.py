@@ -14,6 +14,8 @@ TRAIN_DEFAULTS: dict[str, Any] = {
     "accumulation_steps": 1,
     # Compiles the model in place; `options` go to torch.compile.
     "compile": {"enabled": False, "options": {}},
+    # Keep convolution weights and features channels-last, which most convolutions prefer.
+    "channels_last": False,
     # Load the matching part of an init_checkpoint of another architecture instead of stopping.
     "init_partial": False,
     # Below 0: drawn once and kept in the checkpoints, so that resuming stays exact.

@@ -11,7 +11,7 @@ import torch
 __all__ = ["get_rng_state", "preserve_rng", "seeded", "set_rng_state"]
 
 
-def get_rng_state(cuda: bool = True) -> dict[str, Any]:
+def get_rng_state() -> dict[str, Any]:
     """Return the state of python's, numpy's, torch's and this process's CUDA generator.
 
     Only plain containers and tensors, so that ``torch.load(weights_only=True)`` reads it.
@@ -22,7 +22,7 @@ def get_rng_state(cuda: bool = True) -> dict[str, Any]:
         "numpy": (kind, torch.from_numpy(np.asarray(keys, np.int64)), position, has_gauss, gauss),
         "torch": torch.get_rng_state(),
     }
-    if cuda and torch.cuda.is_available():
+    if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
@@ -41,11 +41,17 @@ def set_rng_state(state: dict[str, Any]) -> None:
 @contextlib.contextmanager
 def preserve_rng(cuda: bool = True) -> Iterator[None]:
     """Run the body, then put every generator back to where it was."""
-    state = get_rng_state(cuda)
+    # every sample passes here: the generators' own formats, without converting them
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    device = torch.cuda.get_rng_state() if cuda and torch.cuda.is_available() else None
     try:
         yield
     finally:
-        set_rng_state(state)
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if device is not None:
+            torch.cuda.set_rng_state(device)
 
 
 @contextlib.contextmanager

@@ -187,6 +187,8 @@ def target_name(function: Any) -> str:
 def build_model(config: DictConfig) -> nn.Module:
     """Build the model on its device, compiled in place if ``train.compile`` says so."""
     model = instantiate(config.model).to(config.train.device)
+    if config.train.channels_last:
+        model.to(memory_format=torch.channels_last)
     if config.train.compile.enabled:
         model.compile(**config.train.compile.options)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)

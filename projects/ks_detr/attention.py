@@ -119,7 +119,7 @@ class KnowledgeSharingAttention(SelfAttention):
     def _project_teacher(
         self, tokens: Tensor, context: EncoderContext
     ) -> tuple[tuple[Tensor, Tensor] | None, list[Tensor]]:
-        """``(Q^t, K^t)`` and ``[V^t]``, each (B, H, S, C / H); None and [] where no branch uses them."""
+        """``(Q^t, K^t)`` and ``[V^t]``, each (B, H, S, C / H); None and [] where unused."""
         assert context.targets is not None
         teacher = self.teacher
         foreground = foreground_mask(context.features, context.targets, self.box_padding)

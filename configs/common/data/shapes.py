@@ -26,7 +26,7 @@ dataloader.train = L(build_resumable_train_loader)(
         mask_on=False,
         img_format="RGB",
     ),
-    total_batch_size=32,
+    total_batch_size=16,
     num_workers=0,
 )
 

@@ -11,7 +11,7 @@ lr_multiplier = get_config("common/coco_schedule.py").lr_multiplier_50ep
 
 train.init_checkpoint = "detectron2://ImageNetPretrained/torchvision/R-50.pkl"
 train.output_dir = "./output/conditional_detr_r50_50ep"
-dataloader.evaluator.output_dir = "${train.output_dir}"
+dataloader.evaluator.output_dir = "${train.output_dir}/inference"
 train.max_iter = 375000
 train.clip_grad.enabled = True
 train.clip_grad.params = {"max_norm": 0.1, "norm_type": 2}

@@ -19,6 +19,6 @@ dataloader.train.total_batch_size = 8
 dataloader.test.batch_size = 8
 
 model.num_classes = 80
-model.num_queries = 100
+model.num_queries = 60
 
 train.output_dir = "./output/quickstart_overfit"

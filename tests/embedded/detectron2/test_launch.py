@@ -34,7 +34,7 @@ def _train_one_rank(folder, steps):
 
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randn(8, 3, generator=generator).chunk(size)[rank] for _ in range(steps)]
-    wrapped = create_ddp_model(WithLoss(), broadcast_buffers=False)
+    wrapped = create_ddp_model(WithLoss(), device_ids=None, broadcast_buffers=False)
     trainer = SimpleTrainer(wrapped, batches, torch.optim.SGD(model.parameters(), lr=0.1))
     trainer.train(0, steps)
     report = {

@@ -2,6 +2,7 @@
 
 import builtins
 import importlib
+from itertools import accumulate
 from types import ModuleType
 from typing import Any
 
@@ -45,12 +46,13 @@ def _attribute(obj: Any, path: list[str], name: str) -> Any:
 
 def _convert_target_to_string(target: Any) -> str:
     """Shortest dotted name under which :func:`locate` finds ``target``, else its full name."""
-    packages = target.__module__.split(".")
-    for length in range(1, len(packages)):
-        name = ".".join([*packages[:length], target.__qualname__])
-        try:
-            if locate(name) is target:
-                return name
-        except ImportError:
-            continue
-    return f"{target.__module__}.{target.__qualname__}"
+    prefixes = accumulate(target.__module__.split("."), lambda outer, inner: f"{outer}.{inner}")
+    names = [f"{prefix}.{target.__qualname__}" for prefix in prefixes]
+    return next((name for name in names if _is_name_of(name, target)), names[-1])
+
+
+def _is_name_of(name: str, target: Any) -> bool:
+    try:
+        return locate(name) is target
+    except ImportError:
+        return False
