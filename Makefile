@@ -32,7 +32,7 @@ quickstart: export OMP_WAIT_POLICY := PASSIVE
 quickstart: env
 	$(RUN) tools/make_shapes.py --preset quickstart --output $(DATA)
 	$(RUN) tools/train_net.py --config-file $(CONFIG) --resume
-	$(RUN) tools/visualize_predictions.py --output-dir $(OUTPUT) --dataset shapes_val
+	$(RUN) tools/visualize_predictions.py --output-dir $(OUTPUT) --dataset shapes_val --threshold 0.3
 	$(RUN) tools/plot_metrics.py --output-dir $(OUTPUT)
 	@echo
 	@echo "Everything is in $(OUTPUT)/:"

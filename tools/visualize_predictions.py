@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import projects  # noqa: F401  (makes detectron2 importable)
 
 # isort: split
+from detectron2.config import LazyConfig
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image, ImageDraw, ImageFont
 
@@ -146,11 +147,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output-dir", type=Path, required=True, help="a run's folder")
     parser.add_argument("--dataset", required=True, help="registered name, such as shapes_val")
+    parser.add_argument("--config-file", help="a config whose loading registers the data set")
     parser.add_argument("--images", type=int, default=20, help="how many (%(default)s)")
     parser.add_argument("--columns", type=int, default=5, help="images in a row (%(default)s)")
     parser.add_argument("--threshold", type=float, default=0.5, help="least score (%(default)s)")
     args = parser.parse_args(arguments)
     register_shapes()
+    if args.config_file:
+        LazyConfig.load(args.config_file)
     try:
         results = find_results(args.output_dir)
         picture = draw_dataset(args.dataset, results, args.images, args.columns, args.threshold)

@@ -55,8 +55,8 @@ def formula_weights(shapes, seed):
 
 
 @pytest.fixture(scope="module", params=CASES)
-def recorded(request, reference_dir):
-    folder = reference_dir / "ks_detr"
+def recorded(request):
+    folder = ROOT / "tests" / "data" / "ks_detr"
     record = json.loads((folder / "models.json").read_text())
     arrays = np.load(folder / "models.npz")
     prefixes = ("inputs/", request.param + "/")
@@ -226,3 +226,31 @@ def test_full_size_config_has_the_released_parameter_count(reference_dir):
     released = {key: torch.empty(shape, device="meta") for key, (shape, _) in shapes.items()}
     ours = {key: value.shape for key, value in model.state_dict().items()}
     assert {key: value.shape for key, value in from_released(released).items()} == ours
+
+
+@pytest.mark.parametrize("boxes", [[[4, 4, 40, 40]], []])
+def test_bfloat16_autocast(boxes):
+    student, _ = tiny_pair()
+    truth = instances((64, 64), boxes, [1] * len(boxes))
+    item = {"image": pattern_image(0, 64, 64), "instances": truth}
+    exact = student.train()([item])
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = student([item])
+    sum(losses.values()).backward()
+    for name, loss in losses.items():
+        assert loss.item() == pytest.approx(exact[name].item(), rel=0.1, abs=1e-3), name
+    assert all(torch.isfinite(p.grad).all() for p in student.parameters())
+
+
+def test_encode_and_decode_compile_without_a_graph_break():
+    student, _ = tiny_pair()
+    truth = instances((64, 96), [[4, 4, 40, 40]], [1])
+    inputs = [{"image": pattern_image(i, 64, 96), "instances": truth} for i in range(2)]
+    student.train()
+    features, targets = student.extract(student.preprocess(inputs)), student.prepare_targets(inputs)
+    memory = student.encode(features, targets)
+    output = student.decode(memory, student.queries(memory))
+    encode = torch.compile(student.encode, backend="eager", fullgraph=True)
+    decode = torch.compile(student.decode, backend="eager", fullgraph=True)
+    torch.testing.assert_close(encode(features, targets).tokens, memory.tokens)
+    torch.testing.assert_close(decode(memory, student.queries(memory)).states, output.states)
