@@ -118,8 +118,8 @@ class SelfAttention(nn.Module):
         return self.dropout if self.training else 0.0
 
 
-class ConditionalSelfAttention(nn.Module):
-    """Decoder self-attention with content and position projected apart (Conditional DETR)."""
+class _ConditionalAttention(nn.Module):
+    """Projections that content and position have apart, in self- and cross-attention alike."""
 
     def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0):
         super().__init__()
@@ -132,6 +132,10 @@ class ConditionalSelfAttention(nn.Module):
         self.key_pos_proj = nn.Linear(embed_dim, embed_dim)
         self.value_proj = nn.Linear(embed_dim, embed_dim)
         self.out_proj = nn.Linear(embed_dim, embed_dim)
+
+
+class ConditionalSelfAttention(_ConditionalAttention):
+    """Decoder self-attention with content and position projected apart (Conditional DETR)."""
 
     def forward(
         self,
@@ -164,7 +168,7 @@ class ConditionalSelfAttention(nn.Module):
         return content + self.out_proj(merge_heads(attended))
 
 
-class ConditionalCrossAttention(nn.Module):
+class ConditionalCrossAttention(_ConditionalAttention):
     """Cross-attention with content and spatial parts concatenated (Conditional DETR, Eq. 3).
 
     Args:
@@ -177,17 +181,11 @@ class ConditionalCrossAttention(nn.Module):
     def __init__(
         self, embed_dim: int, num_heads: int, dropout: float = 0.0, first_layer: bool = False
     ):
-        super().__init__()
-        check_heads(embed_dim, num_heads)
-        self.num_heads = num_heads
-        self.dropout = dropout
-        self.query_content_proj = nn.Linear(embed_dim, embed_dim)
-        self.query_pos_proj = nn.Linear(embed_dim, embed_dim) if first_layer else None
+        super().__init__(embed_dim, num_heads, dropout)
+        self.first_layer = first_layer
+        if not first_layer:
+            del self.query_pos_proj
         self.query_pos_sine_proj = nn.Linear(embed_dim, embed_dim)
-        self.key_content_proj = nn.Linear(embed_dim, embed_dim)
-        self.key_pos_proj = nn.Linear(embed_dim, embed_dim)
-        self.value_proj = nn.Linear(embed_dim, embed_dim)
-        self.out_proj = nn.Linear(embed_dim, embed_dim)
 
     def forward(
         self,
@@ -215,7 +213,7 @@ class ConditionalCrossAttention(nn.Module):
         """
         query, key = self.query_content_proj(content), self.key_content_proj(memory)
         spatial_key = self.key_pos_proj(memory_position)
-        if self.query_pos_proj is not None:
+        if self.first_layer:
             query, key = query + self.query_pos_proj(position), key + spatial_key
         spatial_query = self.query_pos_sine_proj(sine)
         attended = attend(
