@@ -222,7 +222,7 @@ def test_instances_are_counted(name, tmp_path, caplog):
         count = cells[cells.index(category["name"]) + 1]
         assert int(count) == objects.count(category["id"])
     assert int(cells[cells.index("total") + 1]) == len(objects)
-    assert "Removed 1 images with no usable annotations. 4 images left." in caplog.text
+    assert "Left out 1 images that have no objects; 4 remain." in caplog.text
 
 
 def test_dataset_dicts_refuse(name):

@@ -196,13 +196,13 @@ def test_ground_truth_without_annotations(records, tmp_path):
 def test_logged_tables(records, caplog):
     with caplog.at_level("INFO"):
         evaluate(records, DETECTIONS)
-    table = caplog.text.split("Evaluation results for bbox:")[1]
+    table = caplog.text.split("AP of boxes in percent:")[1]
     header, _, row = table.strip().split("\n")[:3]
     assert re.findall(r"AP\w*", header) == ["AP", "AP50", "AP75", "APs", "APm", "APl"]
     assert [float(v) for v in re.findall(r"\d+\.\d+", row)] == pytest.approx(
         [48.304, 67.435, 50.343, 19.802, 58.107, 76.774]
     )
-    assert "Per-category bbox AP" in caplog.text
+    assert "AP of boxes by category" in caplog.text
     assert re.search(r"round\s*\|\s*57\.203", caplog.text)
 
 

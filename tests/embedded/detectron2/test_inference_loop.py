@@ -93,21 +93,15 @@ def test_progress_is_logged(caplog, monkeypatch):
     with caplog.at_level("INFO"):
         inference_on_dataset(slow, list(range(14)), None)
     text = caplog.text
-    assert "Start inference on 14 batches" in text
-    assert [message.split(".")[0] for message in progress] == [
-        f"Inference done {done}/14" for done in (11, 12, 13, 14)
+    assert "Inference on 14 batches begins" in text
+    assert [message.split(",")[0] for message in progress] == [
+        f"Batch {done} of 14" for done in (11, 12, 13, 14)
     ]
-    for part in (
-        "s/iter",
-        "Dataloading:",
-        "Inference: 0.00",
-        "Eval:",
-        "ETA=0:00:00",
-    ):
+    for part in ("0:00:00 left", "s per batch", "data 0.0", "model 0.00", "evaluator 0.0"):
         assert part in progress[0]
-    assert "Total inference time:" in text
-    assert "Total inference pure compute time:" in text
-    assert "on 1 devices" in text
+    assert "Inference with all around it took 0:00:00" in text
+    assert "The model took 0:00:00" in text
+    assert "(processes: 1)" in text
 
 
 @pytest.mark.parametrize("batches", [1, 2, 6])

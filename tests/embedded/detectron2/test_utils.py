@@ -91,7 +91,7 @@ class TestSetupLogger:
         assert "h.room" in terminal
         assert "WARNING" in terminal
         text = (tmp_path / "log.txt").read_text()
-        assert "room INFO: hello" in text
+        assert "| INFO    | house.room | hello" in text
         assert text.count("\n") == 2
 
     def test_other_ranks_write_their_own_file_only(self, tmp_path, capsys):

@@ -85,7 +85,7 @@ def filter_images_with_only_crowd_annotations(dataset_dicts: list[dict]) -> list
         if any(not annotation.get("iscrowd", 0) for annotation in record["annotations"])
     ]
     logger.info(
-        "Removed %d images with no usable annotations. %d images left.",
+        "Left out %d images that have no objects; %d remain.",
         len(dataset_dicts) - len(kept),
         len(kept),
     )
@@ -116,8 +116,7 @@ def print_instances_class_histogram(
     table = pair_table(pairs, ("category", "#instances"))
     log_first_n(
         logging.INFO,
-        f"Distribution of instances among all {len(class_names)} categories:\n"
-        + colored(table, "cyan"),
+        f"Objects in each of {len(class_names)} categories:\n" + colored(table, "cyan"),
         key="message",
     )
 
@@ -199,7 +198,7 @@ def build_batch_data_loader(
         kwargs: for :class:`torch.utils.data.DataLoader`.
     """
     batch_size = _batch_size_here(total_batch_size, single_gpu_batch_size)
-    logger.info("Making batched data loader with batch_size=%d", batch_size)
+    logger.info("Batches of this process have %d images", batch_size)
     if isinstance(dataset, IterableDataset):
         assert sampler is None, "an iterable dataset takes no sampler"
     else:

@@ -105,7 +105,7 @@ def default_setup(cfg: DictConfig, args: argparse.Namespace) -> None:
     if output_dir and comm.is_main_process():
         path = os.path.join(output_dir, "config.yaml")
         LazyConfig.save(cfg, path)
-        logger.info(f"Full config saved to {path}")
+        logger.info(f"The config with all settings is in {path}")
 
     seed = OmegaConf.select(cfg, "train.seed", default=-1)
     seed_all_rng(seed + rank if seed >= 0 else None)
@@ -116,12 +116,12 @@ def default_setup(cfg: DictConfig, args: argparse.Namespace) -> None:
 
 
 def _log_run(logger: logging.Logger, args: argparse.Namespace) -> None:
-    logger.info(f"Rank of current process: {comm.get_rank()}. World size: {comm.get_world_size()}")
-    logger.info(f"Environment info:\n{collect_env_info()}")
-    logger.info(f"Command line arguments: {args}")
+    logger.info(f"This is process {comm.get_rank()} of {comm.get_world_size()}, counted from 0")
+    logger.info(f"Environment:\n{collect_env_info()}")
+    logger.info(f"Started with {args}")
     if config_file := getattr(args, "config_file", ""):
         with PathManager.open(config_file, "r") as file:
-            logger.info(f"Contents of args.config_file={config_file}:\n{file.read()}")
+            logger.info(f"The config file {config_file} reads:\n{file.read()}")
 
 
 def default_writers(output_dir: str, max_iter: int | None = None) -> list[EventWriter]:
@@ -131,9 +131,7 @@ def default_writers(output_dir: str, max_iter: int | None = None) -> list[EventW
         output_dir: folder for the files, created if missing.
         max_iter: last iteration, to estimate the time left.
     """
+    terminal = CommonMetricPrinter(max_iter)
     PathManager.mkdirs(output_dir)
-    return [
-        CommonMetricPrinter(max_iter),
-        JSONWriter(os.path.join(output_dir, "metrics.json")),
-        TensorboardXWriter(output_dir),
-    ]
+    metrics_file = os.path.join(output_dir, "metrics.json")
+    return [terminal, JSONWriter(metrics_file), TensorboardXWriter(output_dir)]

@@ -115,11 +115,11 @@ class IterationTimer(HookBase):
         total = time.perf_counter() - self._started
         if self._timed_steps:
             _logger.info(
-                f"Overall training speed: {self._timed_steps} iterations in "
-                f"{_hms(self._step_seconds)} ({self._step_seconds / self._timed_steps:.4f} s / it)"
+                f"{self._timed_steps} timed iterations took {_hms(self._step_seconds)}, "
+                f"{self._step_seconds / self._timed_steps:.4f} s each"
             )
         on_hooks = total - self._step_seconds
-        _logger.info(f"Total training time: {_hms(total)} ({_hms(on_hooks)} on hooks)")
+        _logger.info(f"Training took {_hms(total)} in all, of which hooks took {_hms(on_hooks)}")
 
 
 class PeriodicWriter(HookBase):
@@ -296,16 +296,15 @@ class LRScheduler(HookBase):
 
     def before_train(self) -> None:
         """Bind an fvcore scheduler to the optimizer, for the iteration training starts at."""
+        trainer = self.trainer
         if self._optimizer is None:
-            self._optimizer = self.trainer.optimizer  # type: ignore[attr-defined]
-        if isinstance(self.scheduler, ParamScheduler):
-            self._scheduler = LRMultiplier(
-                self._optimizer,
-                self.scheduler,
-                self.trainer.max_iter,
-                last_iter=self.trainer.iter - 1,
-            )
-        self._best_param_group_id = self.get_best_param_group_id(self._optimizer)
+            self._optimizer = trainer.optimizer  # type: ignore[attr-defined]
+        factors = self.scheduler
+        if isinstance(factors, ParamScheduler):
+            previous = trainer.iter - 1
+            bound = LRMultiplier(self._optimizer, factors, trainer.max_iter, last_iter=previous)
+            self._scheduler = bound
+        self._recorded_group = self.get_best_param_group_id(self._optimizer)
 
     @staticmethod
     def get_best_param_group_id(optimizer: torch.optim.Optimizer) -> int:
@@ -323,8 +322,8 @@ class LRScheduler(HookBase):
     def after_step(self) -> None:
         """Record the rate of this iteration, then set the next one."""
         assert self._optimizer is not None
-        rate = self._optimizer.param_groups[self._best_param_group_id]["lr"]
-        self.trainer.storage.put_scalar("lr", rate, smoothing_hint=False)
+        rates = [group["lr"] for group in self._optimizer.param_groups]
+        self.trainer.storage.put_scalars(lr=rates[self._recorded_group], smoothing_hint=False)
         self.scheduler.step()  # type: ignore[union-attr]
 
     def state_dict(self) -> dict[str, Any]:

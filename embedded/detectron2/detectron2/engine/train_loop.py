@@ -6,6 +6,7 @@ import math
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -80,23 +81,34 @@ class TrainerBase:
 
     def train(self, start_iter: int, max_iter: int) -> None:
         """Run iterations ``start_iter`` to ``max_iter - 1``."""
-        _logger.info(f"Starting training from iteration {start_iter}")
-        self.iter = self.start_iter = start_iter
-        self.max_iter = max_iter
-        with EventStorage(start_iter) as self.storage:
+        iterations = range(start_iter, max_iter)
+        self.start_iter, self.max_iter, self.iter = start_iter, max_iter, start_iter
+        _logger.info("Training for %d iterations, the first is %d", len(iterations), start_iter)
+        with self._storage_and_ending():
+            self.before_train()
+            for iteration in iterations:
+                self.iter = iteration
+                self._run_iteration()
+            # Hooks recognise a completed training by this in after_train.
+            self.iter = max(start_iter, max_iter)
+
+    @contextmanager
+    def _storage_and_ending(self) -> Iterator[None]:
+        """Open the storage; in the end log an error if there is one and call ``after_train``."""
+        with EventStorage(self.start_iter) as storage:
+            self.storage = storage
             try:
-                self.before_train()
-                for self.iter in range(start_iter, max_iter):
-                    self.before_step()
-                    self.run_step()
-                    self.after_step()
-                # Hooks recognise a completed training by this in after_train.
-                self.iter = max(start_iter, max_iter)
+                yield
             except Exception:
                 _logger.exception(f"Training failed at iteration {self.iter}:")
                 raise
             finally:
                 self.after_train()
+
+    def _run_iteration(self) -> None:
+        self.before_step()
+        self.run_step()
+        self.after_step()
 
     def run_step(self) -> None:
         """Do one iteration; for subclasses to define."""

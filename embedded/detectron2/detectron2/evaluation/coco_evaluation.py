@@ -143,7 +143,7 @@ class COCOEvaluator(DatasetEvaluator):
         detections = self._with_dataset_categories(predictions)
         self._save("coco_instances_results.json", detections)
         if "annotations" not in self._coco_api.dataset:
-            self._logger.info("Annotations are not available for evaluation.")
+            self._logger.info("The data set has no annotations, so no AP is computed.")
             return {}
         return {"bbox": self._evaluate_boxes(detections, img_ids)}
 
@@ -168,7 +168,7 @@ class COCOEvaluator(DatasetEvaluator):
             return
         PathManager.mkdirs(self._output_dir)
         path = os.path.join(self._output_dir, file_name)
-        self._logger.info("Saving results to %s", path)
+        self._logger.info("Writing detections to %s", path)
         if file_name.endswith(".json"):
             with PathManager.open(path, "w") as file:
                 json.dump(content, file)
@@ -180,7 +180,7 @@ class COCOEvaluator(DatasetEvaluator):
         self, detections: list[dict], img_ids: Sequence[int] | None
     ) -> dict[str, float]:
         if not detections:
-            self._logger.warning("No predictions from the model!")
+            self._logger.warning("Nothing was detected in any image, so every metric is NaN.")
             return dict.fromkeys(_METRICS, math.nan)
         with contextlib.redirect_stdout(io.StringIO()):
             found = self._coco_api.loadRes(detections)
@@ -198,7 +198,7 @@ class COCOEvaluator(DatasetEvaluator):
             metric: _percentage(precision[_selected(thresholds, iou), :, :, area])
             for metric, (iou, area) in _METRICS.items()
         }
-        self._logger.info("Evaluation results for bbox: \n%s", create_small_table(results))
+        self._logger.info("AP of boxes in percent:\n%s", create_small_table(results))
         if not all(map(math.isfinite, results.values())):
             self._logger.info("Metrics without ground truth are shown as NaN.")
         results.update(self._per_category(precision[..., 0]))
@@ -221,7 +221,7 @@ class COCOEvaluator(DatasetEvaluator):
         )
         pairs = [(name, _percentage(precision[:, :, i])) for i, name in enumerate(names)]
         table = pair_table(pairs, ("category", "AP"))
-        self._logger.info("Per-category bbox AP: \n%s", table)
+        self._logger.info("AP of boxes by category:\n%s", table)
         return {f"AP-{name}": ap for name, ap in pairs}
 
 

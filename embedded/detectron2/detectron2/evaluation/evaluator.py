@@ -4,7 +4,7 @@ import datetime
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -81,41 +81,50 @@ def inference_on_dataset(
     Returns:
         What the evaluator's ``evaluate`` returns, or an empty dict in place of None.
     """
-    if evaluator is None:
-        evaluator = DatasetEvaluators([])
-    elif isinstance(evaluator, MutableSequence):
-        evaluator = DatasetEvaluators(evaluator)
-    evaluator.reset()
-    callbacks = callbacks or {}
+    measure = _as_one(evaluator)
+    measure.reset()
     total = len(data_loader)  # type: ignore[arg-type]
-    logger.info("Start inference on %d batches", total)
-
-    with ExitStack() as stack:
-        if isinstance(model, nn.Module):
-            stack.enter_context(inference_context(model))
-        stack.enter_context(torch.no_grad())
-        _call(callbacks, "on_start")
-        watch = _StopWatch(total)
-        for inputs in data_loader:
-            watch.begin_batch()
-            _call(callbacks, "before_inference")
-            outputs = model(inputs)
-            _call(callbacks, "after_inference")
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            watch.lap("compute")
-            evaluator.process(inputs, outputs)
-            watch.lap("eval")
-            watch.report_progress()
-        _call(callbacks, "on_end")
+    logger.info("Inference on %d batches begins", total)
+    eval_mode = inference_context(model) if isinstance(model, nn.Module) else nullcontext()
+    with torch.no_grad(), eval_mode:
+        watch = _run_batches(model, data_loader, measure, callbacks or {}, total)
     watch.report_total()
-    results = evaluator.evaluate()
+    results = measure.evaluate()
     return {} if results is None else results
 
 
-def _call(callbacks: Mapping[str, Callable[[], None]], name: str) -> None:
-    if name in callbacks:
-        callbacks[name]()
+def _as_one(evaluator: DatasetEvaluator | list[DatasetEvaluator] | None) -> DatasetEvaluator:
+    if evaluator is None or isinstance(evaluator, MutableSequence):
+        return DatasetEvaluators(evaluator or [])
+    return evaluator
+
+
+def _run_batches(
+    model: Callable[[Any], Any],
+    data_loader: Iterable,
+    evaluator: DatasetEvaluator,
+    callbacks: Mapping[str, Callable[[], None]],
+    total: int,
+) -> "_StopWatch":
+    def call_back(point: str) -> None:
+        if point in callbacks:
+            callbacks[point]()
+
+    call_back("on_start")
+    watch = _StopWatch(total)
+    for inputs in data_loader:
+        watch.begin_batch()
+        call_back("before_inference")
+        outputs = model(inputs)
+        call_back("after_inference")
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        watch.lap("compute")
+        evaluator.process(inputs, outputs)
+        watch.lap("eval")
+        watch.report_progress()
+    call_back("on_end")
+    return watch
 
 
 class _StopWatch:
@@ -157,11 +166,8 @@ class _StopWatch:
         eta = datetime.timedelta(seconds=int(whole * (self._total - self._done)))
         log_every_n_seconds(
             logging.INFO,
-            f"Inference done {self._done}/{self._total}. "
-            f"Dataloading: {each['data']:.4f} s/iter. "
-            f"Inference: {each['compute']:.4f} s/iter. "
-            f"Eval: {each['eval']:.4f} s/iter. "
-            f"Total: {whole:.4f} s/iter. ETA={eta}",
+            f"Batch {self._done} of {self._total}, {eta} left; {whole:.4f} s per batch: "
+            f"data {each['data']:.4f}, model {each['compute']:.4f}, evaluator {each['eval']:.4f}",
             n=_SECONDS_BETWEEN_LOGS,
         )
 
@@ -169,10 +175,10 @@ class _StopWatch:
         """Log the time of everything after the warm-up."""
         batches = max(1, self._total - self._warmup)
         whole, compute = time.perf_counter() - self._start, self._seconds["compute"]
-        for kind, seconds in (("inference", whole), ("inference pure compute", compute)):
+        for what, seconds in (("Inference with all around it", whole), ("The model", compute)):
             logger.info(
-                "Total %s time: %s (%.6f s / iter per device, on %d devices)",
-                kind,
+                "%s took %s, %.6f s per batch (processes: %d)",
+                what,
                 datetime.timedelta(seconds=int(seconds)),
                 seconds / batches,
                 get_world_size(),

@@ -25,12 +25,10 @@ class FrozenBatchNorm2d(nn.Module):
 
     def __init__(self, num_features, eps=1e-5):
         super().__init__()
-        self.num_features = num_features
-        self.eps = eps
-        self.register_buffer("weight", torch.ones(num_features))
-        self.register_buffer("bias", torch.zeros(num_features))
-        self.register_buffer("running_mean", torch.zeros(num_features))
-        self.register_buffer("running_var", torch.full((num_features,), 1.0 - eps))
+        self.num_features, self.eps = num_features, eps
+        identity = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0 - eps}
+        for name, value in identity.items():
+            self.register_buffer(name, torch.full((num_features,), value))
         self.register_buffer("num_batches_tracked", None)  # a tensor only when converted from BN
 
     def forward(self, x: Tensor) -> Tensor:

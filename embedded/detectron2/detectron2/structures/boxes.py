@@ -145,8 +145,9 @@ class Boxes:
 
     def scale(self, scale_x: float, scale_y: float) -> None:
         """Multiply x and y coordinates, in place."""
-        self.tensor[:, 0::2] *= scale_x
-        self.tensor[:, 1::2] *= scale_y
+        for axis, factor in enumerate((scale_x, scale_y)):
+            for column in (axis, axis + 2):
+                self.tensor[:, column].mul_(factor)
 
     @classmethod
     def cat(cls, boxes_list: list["Boxes"]) -> "Boxes":

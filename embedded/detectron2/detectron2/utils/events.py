@@ -210,10 +210,8 @@ class JSONWriter(EventWriter):
     def write(self) -> None:
         """Append the scalars that are newer than the last call."""
         lines: dict[int, dict[str, float]] = defaultdict(dict)
-        latest = get_event_storage().latest_with_smoothing_hint(self._window_size)
-        for name, (value, iteration) in latest.items():
-            if iteration > self._last_write:
-                lines[iteration][name] = value
+        for name, value, iteration in _newer_scalars(self._last_write, self._window_size):
+            lines[iteration][name] = value
         for iteration, scalars in lines.items():
             self._file.write(json.dumps({**scalars, "iteration": iteration}, sort_keys=True) + "\n")
         self._last_write = max(lines, default=self._last_write)
@@ -224,6 +222,12 @@ class JSONWriter(EventWriter):
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _newer_scalars(last_write: int, window_size: int) -> list[tuple[str, float, int]]:
+    """Name, value and iteration of the scalars stored after iteration ``last_write``."""
+    latest = get_event_storage().latest_with_smoothing_hint(window_size)
+    return [(name, *entry) for name, entry in latest.items() if entry[1] > last_write]
 
 
 def _repair_last_line(json_file: str) -> None:
@@ -265,20 +269,19 @@ class TensorboardXWriter(EventWriter):
 
     def write(self) -> None:
         """Write the scalars that are newer than the last call, and all images and histograms."""
-        storage = get_event_storage()
-        newest = self._last_write
-        for name, (value, iteration) in storage.latest_with_smoothing_hint(
-            self._window_size
-        ).items():
-            if iteration > self._last_write:
-                self._writer.add_scalar(name, value, iteration)
-                newest = max(newest, iteration)
-        self._last_write = newest
-        for name, image, iteration in storage._images:
-            self._writer.add_image(name, image, iteration)
-        storage.clear_images()
+        scalars = _newer_scalars(self._last_write, self._window_size)
+        for scalar in scalars:
+            self._writer.add_scalar(*scalar)
+        self._last_write = max((iteration for *_, iteration in scalars), default=self._last_write)
+        self._move_media(get_event_storage())
+
+    def _move_media(self, storage: EventStorage) -> None:
+        """Write images and histograms, which no other writer shows, and make the storage empty."""
+        for image in storage._images:
+            self._writer.add_image(*image)
         for histogram in storage._histograms:
             self._writer.add_histogram_raw(**histogram)
+        storage.clear_images()
         storage.clear_histograms()
 
     def close(self) -> None:

@@ -1,6 +1,7 @@
 """Logging to terminal and file, rate-limited logging and small tables."""
 
 import atexit
+import copy
 import functools
 import logging
 import os
@@ -23,30 +24,28 @@ __all__ = [
     "setup_logger",
 ]
 
-_DATE_FORMAT = "%m/%d %H:%M:%S"
-_PLAIN = logging.Formatter("[%(asctime)s] %(name)s %(levelname)s: %(message)s", _DATE_FORMAT)
+_DATE_FORMAT = "%Y-%m-%d %H:%M:%S"
+_PLAIN = logging.Formatter("%(asctime)s | %(levelname)-7s | %(name)s | %(message)s", _DATE_FORMAT)
+_LEVEL_COLOURS = {logging.WARNING: "yellow", logging.ERROR: "red", logging.CRITICAL: "red"}
 
 
 class _TerminalFormatter(logging.Formatter):
     """Coloured lines in which the root of the logger's name is abbreviated."""
 
     def __init__(self, root: str, abbreviation: str):
-        header = colored("[%(asctime)s %(name)s]: ", "green")
-        super().__init__(header + "%(message)s", datefmt=_DATE_FORMAT)
+        header = colored("%(asctime)s %(name)s |", "green")
+        super().__init__(header + " %(message)s", datefmt=_DATE_FORMAT)
         self._root = root + "."
         self._short = abbreviation + "." if abbreviation else ""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        full_name = record.name
-        if full_name.startswith(self._root):
-            record.name = self._short + full_name.removeprefix(self._root)
-        line = super().formatMessage(record)
-        record.name = full_name  # other handlers see the same record
-        if record.levelno >= logging.ERROR:
-            return colored("ERROR", "red", attrs=["blink", "underline"]) + " " + line
-        if record.levelno >= logging.WARNING:
-            return colored("WARNING", "red", attrs=["blink"]) + " " + line
-        return line
+        shown = copy.copy(record)  # other handlers see the record too
+        if shown.name.startswith(self._root):
+            shown.name = self._short + shown.name.removeprefix(self._root)
+        if shown.levelno in _LEVEL_COLOURS:
+            level = colored(shown.levelname, _LEVEL_COLOURS[shown.levelno], attrs=["bold"])
+            shown.message = f"{level}: {shown.message}"
+        return super().formatMessage(shown)
 
 
 @functools.cache  # a second call with the same arguments must not add the handlers again

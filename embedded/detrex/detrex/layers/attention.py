@@ -22,13 +22,10 @@ class MultiheadAttention(nn.Module):
         **kwargs,
     ):
         super().__init__()
-        self.embed_dim = embed_dim
-        self.num_heads = num_heads
-        self.batch_first = batch_first
-        self.attn = nn.MultiheadAttention(
-            embed_dim, num_heads, dropout=attn_drop, batch_first=batch_first, **kwargs
-        )
+        kwargs = dict(batch_first=batch_first, **kwargs)
+        self.attn = nn.MultiheadAttention(embed_dim, num_heads, attn_drop, **kwargs)
         self.proj_drop = nn.Dropout(proj_drop)
+        self.embed_dim, self.num_heads, self.batch_first = embed_dim, num_heads, batch_first
 
     def forward(
         self,

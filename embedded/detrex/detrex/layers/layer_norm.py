@@ -10,13 +10,16 @@ __all__ = ["LayerNorm"]
 class LayerNorm(nn.Module):
     """Normalise the channels: the last axis, or axis 1 with ``channel_last=False``."""
 
+    weight: nn.Parameter
+    bias: nn.Parameter
+
     def __init__(self, normalized_shape, eps=1e-6, channel_last=True):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(normalized_shape))
-        self.bias = nn.Parameter(torch.zeros(normalized_shape))
         self.normalized_shape = (normalized_shape,)
-        self.eps = eps
-        self.channel_last = channel_last
+        self.eps, self.channel_last = eps, channel_last
+        for name, value in (("weight", 1.0), ("bias", 0.0)):
+            initial = torch.empty(normalized_shape).fill_(value)
+            self.register_parameter(name, nn.Parameter(initial))
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x`` of shape (..., C), or (B, C, ...) with ``channel_last=False``."""

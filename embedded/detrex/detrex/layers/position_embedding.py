@@ -63,13 +63,15 @@ class PositionEmbeddingSine(nn.Module):
 class PositionEmbeddingLearned(nn.Module):
     """One learned vector per row and per column, padding or not."""
 
+    row_embed: nn.Embedding
+    col_embed: nn.Embedding
+
     def __init__(self, num_pos_feats: int = 256, row_num_embed: int = 50, col_num_embed: int = 50):
         super().__init__()
-        self.row_embed = nn.Embedding(row_num_embed, num_pos_feats)
-        self.col_embed = nn.Embedding(col_num_embed, num_pos_feats)
         self.num_pos_feats = num_pos_feats
-        self.row_num_embed = row_num_embed
-        self.col_num_embed = col_num_embed
+        self.row_num_embed, self.col_num_embed = row_num_embed, col_num_embed
+        for axis, length in (("row", row_num_embed), ("col", col_num_embed)):
+            self.add_module(f"{axis}_embed", nn.Embedding(length, num_pos_feats))
         self.reset_parameters()
 
     def reset_parameters(self):

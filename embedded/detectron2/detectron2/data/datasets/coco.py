@@ -1,10 +1,10 @@
 """Reading and writing data sets in COCO's json format."""
 
 import datetime
+import functools
 import json
 import logging
 import os
-import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -36,13 +36,13 @@ def register_coco_instances(
         image_root: folder of the images.
     """
     assert isinstance(name, str), f"the name of a data set is a string, found {name!r}"
-    for path in (json_file, image_root):
-        assert isinstance(path, (str, os.PathLike)), f"data set {name!r}: {path!r} is no path"
+    paths = {"json_file": json_file, "image_root": image_root}
+    for role, path in paths.items():
+        assert isinstance(path, (str, os.PathLike)), f"{role} of {name!r}: {path!r} is no path"
+    load = functools.partial(load_coco_json, **paths, dataset_name=name)  # type: ignore[arg-type]
     if name not in DatasetCatalog:
-        DatasetCatalog.register(name, lambda: load_coco_json(json_file, image_root, name))
-    MetadataCatalog.get(name).set(
-        json_file=json_file, image_root=image_root, evaluator_type="coco", **metadata
-    )
+        DatasetCatalog.register(name, load)
+    MetadataCatalog.get(name).set(**paths, evaluator_type="coco", **metadata)
 
 
 def load_coco_json(
@@ -71,14 +71,14 @@ def load_coco_json(
     timer = Timer()
     content = _read_json(os.fspath(json_file), dataset_name)
     if timer.seconds() > 1:
-        logger.info("Loading %s takes %.2f seconds.", json_file, timer.seconds())
+        logger.info("Read %s in %.2f s", json_file, timer.seconds())
     category_map = None
     if dataset_name is not None:
         category_map = _register_categories(content["categories"], dataset_name)
 
     images = {image["id"]: image for image in content["images"]}
     annotations = _group_by_image(content.get("annotations", []), images, str(json_file))
-    logger.info("Loaded %d images in COCO format from %s", len(images), json_file)
+    logger.info("%d images are listed in %s", len(images), json_file)
 
     keys = ["iscrowd", "bbox", "category_id", *(extra_annotation_keys or [])]
     records, without_mask = [], 0
@@ -198,21 +198,27 @@ def convert_to_coco_json(dataset_name: str, output_file: str, allow_cached: bool
         output_file: where to write it.
         allow_cached: keep the file if there is one.
     """
-    PathManager.mkdirs(os.path.dirname(output_file))
-    with file_lock(output_file):
-        if allow_cached and PathManager.exists(output_file):
-            logger.warning(
-                "Using annotations of %s that were cached in %s; remove it if the data changed",
-                dataset_name,
-                output_file,
-            )
+    folder = os.path.dirname(output_file)
+    PathManager.mkdirs(folder)
+    with file_lock(output_file):  # several processes may need the same file
+        is_missing = not PathManager.exists(output_file)
+        if is_missing or not allow_cached:
+            _write_json(convert_to_coco_dict(dataset_name), output_file)
+            logger.info("Wrote the annotations of %s to %s", dataset_name, output_file)
             return
-        logger.info("Writing annotations of %s in COCO format to %s", dataset_name, output_file)
-        content = convert_to_coco_dict(dataset_name)
-        temporary = output_file + ".tmp"
-        with PathManager.open(temporary, "w") as file:
-            json.dump(content, file)
-        shutil.move(temporary, output_file)
+    logger.warning(
+        "Using annotations of %s that were cached in %s; remove it if the data changed",
+        dataset_name,
+        output_file,
+    )
+
+
+def _write_json(content: dict[str, Any], path: str) -> None:
+    """Write a file that is complete whenever it exists."""
+    unfinished = f"{path}.part"
+    with PathManager.open(unfinished, "w") as file:
+        json.dump(content, file)
+    os.replace(unfinished, path)
 
 
 def convert_to_coco_dict(dataset_name: str) -> dict[str, Any]:

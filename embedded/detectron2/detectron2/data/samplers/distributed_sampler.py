@@ -14,6 +14,18 @@ __all__ = ["InferenceSampler", "RandomSubsetTrainingSampler", "TrainingSampler"]
 logger = logging.getLogger(__name__)
 
 
+def _check_size(size: int) -> None:
+    if not isinstance(size, int):
+        raise TypeError(f"the size of a data set is an int, found {type(size).__name__}")
+    if size <= 0:
+        raise ValueError(f"cannot sample from a data set of size {size}")
+
+
+def _common_seed(seed: int | None) -> int:
+    """The seed given, or a random one on which all processes agree."""
+    return int(comm.shared_random_seed() if seed is None else seed)
+
+
 class TrainingSampler(Sampler):
     """An endless stream of indices: one permutation of the data set after the other.
 
@@ -29,19 +41,14 @@ class TrainingSampler(Sampler):
             shuffle: permute the elements anew each time, or keep their order.
             seed: of the permutations; if None, all processes agree on a random one.
         """
-        if not isinstance(size, int):
-            raise TypeError(f"the size of a data set is an int, found {type(size).__name__}")
-        if size <= 0:
-            raise ValueError(f"cannot sample from a data set of size {size}")
-        self._size = size
-        self._shuffle = shuffle
-        self._seed = int(comm.shared_random_seed() if seed is None else seed)
-        self._rank = comm.get_rank()
-        self._world_size = comm.get_world_size()
+        _check_size(size)
+        self._size, self._shuffle, self._seed = size, shuffle, _common_seed(seed)
+        self._share = slice(comm.get_rank(), None, comm.get_world_size())
 
     def __iter__(self) -> Iterator[int]:
         """Yield this process's share of the stream."""
-        return itertools.islice(self._stream(), self._rank, None, self._world_size)
+        share = self._share
+        return itertools.islice(self._stream(), share.start, share.stop, share.step)
 
     def _elements(self) -> torch.Tensor:
         return torch.arange(self._size)
@@ -72,8 +79,8 @@ class RandomSubsetTrainingSampler(TrainingSampler):
         super().__init__(size, shuffle, seed_shuffle)
         count = int(size * subset_ratio)
         assert 0 < count <= size, f"a subset of {subset_ratio} of {size} elements has {count}"
-        seed = int(comm.shared_random_seed() if seed_subset is None else seed_subset)
-        everything = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(_common_seed(seed_subset))
+        everything = torch.randperm(size, generator=generator)
         self._subset = everything[:count]
         logger.info("Sampling from a random subset of %d of %d elements", count, size)
 

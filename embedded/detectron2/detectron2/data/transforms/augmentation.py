@@ -131,11 +131,11 @@ class AugInput:
 
     def transform(self, tfm: Transform) -> None:
         """Replace all attributes by their transformed versions."""
-        self.image = tfm.apply_image(self.image)
-        if self.boxes is not None:
-            self.boxes = tfm.apply_box(self.boxes)
-        if self.sem_seg is not None:
-            self.sem_seg = tfm.apply_segmentation(self.sem_seg)
+        kinds = {"image": "image", "boxes": "box", "sem_seg": "segmentation"}
+        for attribute, kind in kinds.items():
+            data = getattr(self, attribute)
+            if data is not None:
+                setattr(self, attribute, getattr(tfm, f"apply_{kind}")(data))
 
     def apply_augmentations(
         self, augmentations: Sequence[Augmentation | Transform]

@@ -1,6 +1,6 @@
 """ResNet: deep residual learning for image recognition (He et al., 2016)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch.nn.functional as F
 from fvcore.nn.weight_init import c2_msra_fill
@@ -179,16 +179,14 @@ class ResNet(Backbone):
     def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
         """Map images (B, C, H, W) to the features named by ``out_features``."""
         assert x.dim() == 4, f"ResNet: found an input of shape {tuple(x.shape)}, expected 4 axes"
-        outputs = {}
+        return {name: out for name, out in self._layer_by_layer(x) if name in self._out_features}
+
+    def _layer_by_layer(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
         for name in ("stem", *self.stage_names):
-            x = getattr(self, name)(x)
-            if name in self._out_features:
-                outputs[name] = x
+            x = self.get_submodule(name)(x)
+            yield name, x
         if self.num_classes is not None:
-            x = self.linear(self.avgpool(x).flatten(1))
-            if "linear" in self._out_features:
-                outputs["linear"] = x
-        return outputs
+            yield "linear", self.linear(self.avgpool(x).flatten(1))
 
     def freeze(self, freeze_at=0):
         """Freeze the stem (1), the stem and ``res2`` (2), and so on; return the network."""

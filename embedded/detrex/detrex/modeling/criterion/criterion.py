@@ -13,6 +13,7 @@ from detrex.utils import get_world_size, is_dist_avail_and_initialized
 __all__ = ["SetCriterion", "sigmoid_focal_loss"]
 
 _Indices = list[tuple[Tensor, Tensor]]
+_LOSSES = {"class": "loss_labels", "boxes": "loss_boxes"}
 
 
 def sigmoid_focal_loss(
@@ -54,18 +55,13 @@ class SetCriterion(nn.Module):
         assert loss_class_type in ("ce_loss", "focal_loss"), (
             f"SetCriterion: found loss_class_type {loss_class_type!r}, expected ce_loss, focal_loss"
         )
-        self.num_classes = num_classes
-        self.matcher = matcher
-        self.weight_dict = weight_dict
-        self.losses = losses
-        self.eos_coef = eos_coef
-        self.loss_class_type = loss_class_type
-        self.alpha = alpha
-        self.gamma = gamma
+        self.num_classes, self.matcher = num_classes, matcher
+        self.losses, self.weight_dict = losses, weight_dict
+        self.loss_class_type, self.eos_coef = loss_class_type, eos_coef
+        self.alpha, self.gamma = alpha, gamma
         if loss_class_type == "ce_loss":
-            empty_weight = torch.ones(num_classes + 1)
-            empty_weight[-1] = eos_coef
-            self.register_buffer("empty_weight", empty_weight)
+            class_weights = torch.tensor([1.0] * num_classes + [eos_coef])
+            self.register_buffer("empty_weight", class_weights)
 
     def loss_labels(self, outputs, targets, indices, num_boxes) -> dict[str, Tensor]:
         """Compute ``loss_class``: cross entropy, or focal loss per box."""
@@ -88,9 +84,9 @@ class SetCriterion(nn.Module):
 
     def get_loss(self, loss, outputs, targets, indices, num_boxes, **kwargs) -> dict[str, Tensor]:
         """Compute the losses of one kind, ``"class"`` or ``"boxes"``."""
-        functions = {"class": self.loss_labels, "boxes": self.loss_boxes}
-        assert loss in functions, f"SetCriterion: found loss {loss!r}, expected {list(functions)}"
-        return functions[loss](outputs, targets, indices, num_boxes, **kwargs)
+        assert loss in _LOSSES, f"SetCriterion: found loss {loss!r}, expected {list(_LOSSES)}"
+        compute = getattr(self, _LOSSES[loss])
+        return compute(outputs, targets, indices, num_boxes, **kwargs)
 
     def forward(self, outputs, targets, return_indices=False):
         """Match every decoder layer's predictions with the targets and compute their losses.
