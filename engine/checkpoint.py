@@ -1,6 +1,7 @@
 """Checkpoints that survive a crash at any moment."""
 
 import logging
+import math
 import os
 import zipfile
 from collections.abc import Callable
@@ -13,10 +14,10 @@ from detectron2.utils import comm
 from torch import nn
 
 from .compatibility import check_compatible
-from .errors import UserError
+from .errors import LocalError, UserError
 from .rng import get_rng_state
 
-__all__ = ["AtomicCheckpointer", "newest_checkpoint", "write_atomically"]
+__all__ = ["AtomicCheckpointer", "newest_checkpoint", "stored_best", "write_atomically"]
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +141,15 @@ def find_damage(path: Path) -> str:
     return ""
 
 
+def stored_best(folder: str) -> float:
+    """Return the metric of the folder's model_best.pth; minus infinity if there is none intact."""
+    path = Path(folder, "model_best.pth")
+    if not path.is_file() or find_damage(path):
+        return -math.inf
+    stored = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    return stored.get("best", -math.inf)
+
+
 def save_atomically(data: Any, path: Path) -> None:
     """``torch.save`` so that ``path`` is either complete or as it was before."""
     write_atomically(path, lambda file: torch.save(data, file))
@@ -149,7 +159,7 @@ def write_atomically(path: Path, write: Callable[[Any], object]) -> None:
     """Let ``write`` fill a temporary file, sync it, and rename it to ``path``.
 
     Raises:
-        UserError: the file cannot be written, for example because the disk is full.
+        LocalError: the file cannot be written, for example because the disk is full.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -161,7 +171,7 @@ def write_atomically(path: Path, write: Callable[[Any], object]) -> None:
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+        raise LocalError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
 
 
 def _sync_folder(folder: Path) -> None:

@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 # What a classifier has and a detector's backbone does not need.
 _IMAGENET_ONLY = re.compile(r"((^|\.)(fc|classifier|head)\.(weight|bias)|num_batches_tracked)$")
 
+# What a method adds for training and its detector does without, such as KS-DETR's teachers.
+_TRAINING_ONLY = re.compile(r"\.teacher\.")
 
 # Set from the config, and absent from old checkpoints without harm.
 _FROM_CONFIG = {"pixel_mean", "pixel_std"}
@@ -28,9 +30,10 @@ def check_compatible(path: str, model: nn.Module, incompatible: Any, *, strictne
         path: the checkpoint, for the message.
         model: what it was loaded into.
         incompatible: fvcore's result, with missing_keys, unexpected_keys and incorrect_shapes.
-        strictness: "resume" wants an exact fit; "evaluate" every weight of the model; "initialise"
-            that either the model or the checkpoint is covered, as when a backbone is loaded or a
-            detector is started with another method's weights; "partial" anything in common.
+        strictness: "resume" wants an exact fit; "evaluate" every weight of the model and beside
+            them none but training-only ones; "initialise" that either the model or the checkpoint
+            is covered, as when a backbone is loaded or a detector is started with another method's
+            weights; "partial" anything in common.
 
     Raises:
         UserError: names the first keys that do not fit.
@@ -41,17 +44,26 @@ def check_compatible(path: str, model: nn.Module, incompatible: Any, *, strictne
     unexpected = [k for k in incompatible.unexpected_keys if not _IMAGENET_ONLY.search(k)]
     wanted = set(model.state_dict()) - _FROM_CONFIG
     matched = len(wanted - set(incompatible.missing_keys) - wrong)
+    surplus = [k for k in unexpected if k not in _FROM_CONFIG and not _TRAINING_ONLY.search(k)]
     fits = {
         "resume": not (missing or unexpected or wrong),
-        "evaluate": not (missing or wrong),
+        "evaluate": not (missing or surplus or wrong),
         "initialise": matched > 0 and not wrong and not (missing and unexpected),
         "partial": matched > 0,
     }[strictness]
     if not fits:
         raise UserError(
             f"checkpoint {path} is of another architecture than the model: "
-            + _describe(incompatible.incorrect_shapes, missing, unexpected)
+            + _describe(
+                incompatible.incorrect_shapes,
+                missing,
+                surplus if strictness == "evaluate" else unexpected,
+            )
             + _advice(strictness)
+        )
+    if strictness == "evaluate" and unexpected:
+        logger.info(
+            "%d weights only training uses were ignored: %s", len(unexpected), _first(unexpected)
         )
     logger.info("%d of the model's %d weights were loaded from %s", matched, len(wanted), path)
 

@@ -1,6 +1,7 @@
 """Loading a config and applying overrides, strictly."""
 
 import inspect
+import math
 import os
 import pydoc
 import re
@@ -10,6 +11,7 @@ from typing import Any
 from detectron2.config import LazyConfig
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from .defaults import TRAIN_DEFAULTS
 from .errors import UserError, did_you_mean
@@ -31,9 +33,11 @@ def load_config(path: str, overrides: Iterable[str] = ()) -> DictConfig:
         raise UserError(f"config file {path} not found")
     try:
         config = LazyConfig.load(path)
-    except (SyntaxError, ImportError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (SyntaxError, ImportError, OSError, ValueError, YAMLError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot load config {path}: {reason}") from error
+    if not isinstance(config, DictConfig):
+        raise UserError(f"config {path} holds no settings, expected {', '.join(_REQUIRED)}")
     absent = [key for key in _REQUIRED if key not in config]
     if absent:
         raise UserError(f"config {path} has no '{absent[0]}', expected {', '.join(_REQUIRED)}")
@@ -190,7 +194,7 @@ def _checked(key: str, old: Any, new: Any, *, in_call: bool) -> Any:
     if isinstance(old, bool):
         fits = isinstance(new, bool)
     elif isinstance(old, int):
-        fits = _is_number(new) and new == int(new)
+        fits = _is_number(new) and math.isfinite(new) and new == int(new)
         new = int(new) if fits else new
     elif isinstance(old, float):
         fits = _is_number(new)

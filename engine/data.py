@@ -18,7 +18,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from .boxes import drop_bad_boxes
-from .errors import UserError
+from .errors import LocalError, UserError
 from .rng import seeded
 
 __all__ = ["BatchStream", "ResumableTrainLoader", "build_resumable_train_loader", "is_decodable"]
@@ -200,7 +200,7 @@ class _SeededSamples(Dataset):
                 continue
             if sample is not None:
                 return sample, skipped
-        raise UserError(f"no image can be used; the first one tried was {skipped[:1] or index}")
+        raise LocalError(f"no image can be used; the first one tried was {skipped[:1] or index}")
 
     def _candidates(self, index: int) -> Iterator[int]:
         """The index itself, then those after it in the same group, so that batches stay uniform."""

@@ -7,10 +7,11 @@ from typing import Any
 
 from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.detection_utils import SizeMismatchError
 from omegaconf import DictConfig, ListConfig
 
 from .data import is_decodable
-from .errors import UserError, did_you_mean
+from .errors import LocalError, UserError, did_you_mean
 from .registration import register_shapes
 
 __all__ = ["build_loader", "check_class_count", "check_datasets", "dataset_names"]
@@ -46,7 +47,8 @@ def check_datasets(names: list[str]) -> None:
 def build_loader(node: DictConfig) -> Any:
     """Instantiate a loader node; what is wrong with its data set is told in one line.
 
-    An image that cannot be decoded raises a UserError that names it, unless the loader replaces it.
+    An image that cannot be decoded raises a LocalError that names it, unless the loader replaces
+    it; one of another size than its annotations state always does.
     """
     names = dataset_names(node)
     check_datasets(names)
@@ -58,7 +60,10 @@ def build_loader(node: DictConfig) -> Any:
     except (KeyError, ValueError, AssertionError) as error:
         for name in names:
             _explain(name)
-        raise error
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+        raise UserError(
+            f"cannot load data set {', '.join(names)}: {type(error).__name__}: {reason}"
+        ) from error
     finally:
         if mapper is not None:
             node.mapper = mapper
@@ -87,10 +92,13 @@ class _Named:
     def __call__(self, record: dict) -> Any:
         try:
             return self.mapper(record)
+        except SizeMismatchError as error:
+            reason = " ".join(str(error).split())
+            raise LocalError(f"{record.get('file_name')}: {reason}") from error
         except Exception as error:
             if is_decodable(record.get("file_name")):
                 raise
-            raise UserError(f"cannot decode image {record['file_name']}") from error
+            raise LocalError(f"cannot decode image {record['file_name']}") from error
 
 
 def _explain(name: str) -> None:

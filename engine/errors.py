@@ -5,11 +5,22 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 
-__all__ = ["Interrupted", "NonFiniteLoss", "UserError", "did_you_mean", "exit_code_of"]
+__all__ = [
+    "Interrupted",
+    "LocalError",
+    "NonFiniteLoss",
+    "UserError",
+    "did_you_mean",
+    "exit_code_of",
+]
 
 
 class UserError(Exception):
     """Bad input; the message is one line that names the thing, what was found and expected."""
+
+
+class LocalError(UserError):
+    """A :class:`UserError` that only this one of several processes meets, and so must print."""
 
 
 class NonFiniteLoss(UserError, FloatingPointError):
@@ -41,7 +52,8 @@ def exit_code_of(run: Callable[[], object], *, traceback: bool = False) -> int:
     except UserError as error:
         if traceback:
             raise
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # once per machine
+        main = os.environ.get("LOCAL_RANK", "0") == "0"
+        if main or isinstance(error, LocalError):  # what all meet, once per machine
             print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
         return 2
     except Interrupted as stop:

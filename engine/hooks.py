@@ -15,7 +15,7 @@ from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 
-from .checkpoint import AtomicCheckpointer, write_atomically
+from .checkpoint import AtomicCheckpointer, stored_best, write_atomically
 from .ema import ModelEma
 from .errors import exit_now
 from .rng import preserve_rng, set_rng_state
@@ -116,6 +116,8 @@ class EvaluationHook(HookBase):
 
     def before_train(self) -> None:
         """Make up for the evaluation that an interruption cut short."""
+        if self.trainer.start_iter:  # a checkpoint is older than the evaluation that follows it
+            self._best = max(self._best, stored_best(self._checkpointer.save_dir))
         if self.redo and self._due(self.trainer.start_iter):
             self._run(self.trainer.start_iter - 1)
 
@@ -262,6 +264,7 @@ class StopOnSignal(HookBase):
         if self.trainer.agreed_stop:
             iteration = self.trainer.iter
             self._checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
+            comm.synchronize()  # a launcher ends all processes once one has ended
             logger.info("stopped by signal %d; continue with --resume", self.trainer.agreed_stop)
 
     def after_train(self) -> None:

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 def run_in_processes(work: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     """Call ``work(args)``, which returns an exit code, in each process; return the highest code."""
+    if "train.device=cpu" in (args.opts or []):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # also what detectron2's launch decides by
     if started_by_torchrun(os.environ):
         return _run_under_torchrun(work, args)
     if args.num_gpus * args.num_machines <= 1:
@@ -43,10 +45,12 @@ def check_gpu_count(per_machine: int) -> None:
 
 
 def _run_under_torchrun(work: Callable, args: argparse.Namespace) -> int:
-    use_cuda = torch.cuda.is_available()
-    if use_cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.distributed.init_process_group("nccl" if use_cuda else "gloo")
+    rank = int(os.environ["LOCAL_RANK"])
+    has_device = torch.cuda.is_available() and rank < torch.cuda.device_count()
+    if has_device:
+        torch.cuda.set_device(rank)
+    # with a device a config may still choose the CPU, so gloo is there in any case
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if has_device else "gloo")
     try:
         return work(args)
     finally:

@@ -3,7 +3,6 @@
 import argparse
 import logging
 import os
-import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from detectron2.engine import create_ddp_model, default_setup, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, JSONWriter, TensorboardXWriter
-from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 from torch import nn
 
@@ -32,10 +30,8 @@ from .hooks import (
     ResumeRng,
     StopOnSignal,
     WriterHook,
-    lost_records,
-    truncate_metrics,
 )
-from .reproduce import save_snapshot
+from .output import create_output, prepare_output, setup_evaluation, snapshot_writer
 from .trainer import DistillationTrainer, autocast_dtype, unwrap
 
 __all__ = ["evaluate", "main", "train"]
@@ -68,11 +64,12 @@ def prepare(config: DictConfig, args: argparse.Namespace, runtime: str = "") -> 
         check_settings(config)
         names += dataset_names(config.dataloader.train)
     check_datasets(names)
-    Path(config.train.output_dir).mkdir(parents=True, exist_ok=True)
-    for name in ("engine", "detectors", "detrex", "projects"):
-        setup_logger(config.train.output_dir, distributed_rank=comm.get_rank(), name=name)
+    create_output(config)
     config.train.seed = resolve_seed(config, resume=args.resume and not args.eval_only)
-    default_setup(config, args)
+    if args.eval_only:
+        setup_evaluation(config)
+    else:
+        default_setup(config, args)
     if runtime:
         logger.info("Runtime: %s", runtime)
 
@@ -93,14 +90,19 @@ def resolve_device(device: str) -> str:
 def check_settings(config: DictConfig) -> None:
     """Stop if a training setting is out of range."""
     settings = config.train
+    if "wandb" in settings and settings.wandb.enabled:
+        raise UserError("train.wandb.enabled is True, but only TensorBoard and metrics.json exist")
     autocast_dtype(settings.amp.enabled, settings.amp.dtype, settings.device)
     for key, value in (
         ("max_iter", settings.max_iter),
         ("log_period", settings.log_period),
+        ("eval_period", settings.eval_period),
         ("accumulation_steps", settings.accumulation_steps),
         ("checkpointer.period", settings.checkpointer.period),
     ):
-        if value < 1:
+        if not isinstance(value, int):
+            raise UserError(f"train.{key} is {value}, expected a whole number")
+        if value < 1 and key != "eval_period":
             raise UserError(f"train.{key} is {value}, expected at least 1")
 
 
@@ -238,40 +240,6 @@ def load_state(
     return start, rest.get("rng")
 
 
-def prepare_output(config: DictConfig, start: int) -> tuple[bool, bool]:
-    """Remove from metrics.json what will be written again; set an earlier run's files aside.
-
-    Returns:
-        whether an interruption has prevented the log line, and the evaluation, of the iteration
-        before ``start``.
-    """
-    folder = Path(config.train.output_dir)
-    no_line, no_evaluation = False, False
-    if comm.is_main_process():
-        if start:
-            truncate_metrics(folder / "metrics.json", start)
-            no_line, no_evaluation = lost_records(folder / "metrics.json", start - 1)
-        else:
-            set_aside(folder)
-    due = start % config.train.log_period == 0 or start == config.train.max_iter
-    no_line, no_evaluation = comm.all_gather((no_line and due, no_evaluation))[0]
-    return no_line, no_evaluation
-
-
-def set_aside(folder: Path) -> None:
-    """Move the results of an earlier run in ``folder`` to ``folder``/previous."""
-    patterns = ("model_*.pth", "nonfinite_*.pth", "last_checkpoint", "metrics.json", "events.*")
-    files = [path for pattern in patterns for path in folder.glob(pattern)]
-    if not files:
-        return
-    previous = folder / "previous"
-    shutil.rmtree(previous, ignore_errors=True)
-    previous.mkdir()
-    for path in files:
-        path.rename(previous / path.name)
-    logger.info("Starting anew: the earlier run's files are now in %s", previous)
-
-
 def register_stateful_hooks(
     config: DictConfig,
     trainer: DistillationTrainer,
@@ -331,19 +299,6 @@ def register_closing_hooks(
             ResumeRng(rng),
         ]
     )
-
-
-def snapshot_writer(folder: str, trainer: DistillationTrainer) -> Any:
-    """Return a function that keeps what reproduces a step whose loss is not finite."""
-
-    def write(iteration: int, snapshot: dict) -> str:
-        path = Path(folder, f"nonfinite_{iteration:07d}.pth")
-        model = unwrap(trainer.model).state_dict()
-        state = {"model": model, "trainer": trainer.state_dict(), **snapshot}
-        save_snapshot(state, path)
-        return str(path)
-
-    return write
 
 
 def evaluate(config: DictConfig, model: nn.Module, ema: ModelEma | None = None) -> dict:

@@ -76,7 +76,7 @@ class DistillationTrainer(SimpleTrainer):
 
     def train(self, start_iter: int, max_iter: int) -> None:
         """Run the iterations from ``start_iter`` up to, not including, ``max_iter``."""
-        logger.info("Starting training from iteration %d", start_iter)
+        logger.info("training begins at iteration %d", start_iter)
         self.iter = self.start_iter = start_iter
         self.max_iter = max_iter
         with EventStorage(start_iter) as self.storage:

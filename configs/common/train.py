@@ -6,4 +6,5 @@ from omegaconf import OmegaConf
 from engine.defaults import TRAIN_DEFAULTS
 
 train = OmegaConf.merge(get_config("common/train.py").train, TRAIN_DEFAULTS)
+del train.wandb  # there is no such writer: metrics.json and TensorBoard hold the metrics
 train.output_dir = "./output"

@@ -28,7 +28,10 @@ class _Messages(logging.Handler):
 @pytest.fixture
 def engine_log():
     """What the engine logs during a test, as ``engine_log.text``, whoever else listens."""
-    handler = _Messages()
-    logging.getLogger("engine").addHandler(handler)
+    handler, logger = _Messages(), logging.getLogger("engine")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
     yield handler
-    logging.getLogger("engine").removeHandler(handler)
+    logger.removeHandler(handler)
+    logger.setLevel(level)

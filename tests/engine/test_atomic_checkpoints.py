@@ -113,7 +113,7 @@ def test_plain_state_dicts_load(saved):
         ((2, 3, 5), "initialise", False),
         ((2, 3, 5), "partial", True),
         ((2, 3, 4, 5), "evaluate", False),
-        ((2, 3), "evaluate", True),
+        ((2, 3), "evaluate", False),
         ((2, 3), "resume", False),
         ((2, 3, 4, 5), "resume", False),
         ((7, 7), "partial", False),
@@ -176,6 +176,16 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"cannot read checkpoint evil.pth"):
         checkpointer(net(2, 3)).load("evil.pth")
     assert not Path("pwned").exists()
+
+
+def test_training_only_weights_may_be_surplus_in_an_evaluation(saved, tmp_path, engine_log):
+    weights = torch.load(saved, weights_only=True)
+    torch.save({**weights, "1.attentions.0.teacher.weight": torch.zeros(2)}, tmp_path / "ks.pth")
+    checkpointer(net(2, 3, 4), strictness="evaluate").load(str(tmp_path / "ks.pth"))
+    assert "ignored: 1.attentions.0.teacher.weight" in engine_log.text
+    torch.save({**weights, "2.weight": torch.zeros(2)}, tmp_path / "deeper.pth")
+    with pytest.raises(UserError, match=r": 1 unknown to the model \(2\.weight\)"):
+        checkpointer(net(2, 3, 4), strictness="evaluate").load(str(tmp_path / "deeper.pth"))
 
 
 def test_evaluating_twice_gives_the_same_results(tmp_path):

@@ -1,7 +1,9 @@
 """What may be wrong with data sets and settings is said in one line, before any work."""
 
 import json
+import os
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from tiny_run import metrics, run_tiny
 
-from engine.errors import UserError, exit_code_of
-from engine.processes import started_by_torchrun
+from engine.errors import LocalError, UserError, exit_code_of
+from engine.processes import run_in_processes, started_by_torchrun
 from engine.run import resolve_device
 
 
@@ -86,6 +88,20 @@ def test_not_an_annotation_file(own_data, tmp_path):
     assert message.startswith(f"{own_data}/instances.json is not a COCO annotation file: ")
 
 
+def test_another_image_size_than_stated(own_data, tmp_path):
+    edit(own_data, lambda c: [image.update(width=99, height=98) for image in c["images"]])
+    message = fails(tmp_path, *use("spoilt"))
+    assert str(own_data) in message
+    assert ".png" in message
+    assert "(99, 98)" in message
+
+
+def test_what_else_prevents_loading(own_data, tmp_path):
+    edit(own_data, lambda c: c["images"][2].pop("file_name"))
+    message = fails(tmp_path, *use("spoilt"))
+    assert message == "cannot load data set spoilt: KeyError: 'file_name'"
+
+
 def test_bad_boxes_are_dropped_in_training(own_data, tmp_path, engine_log):
     def spoil(content):
         content["annotations"][0]["bbox"][2] = 0
@@ -134,6 +150,24 @@ def test_settings_out_of_range(tmp_path):
     assert "total_batch_size is 0" in fails(tmp_path, "dataloader.train.total_batch_size=0")
     message = fails(tmp_path, "train.amp.enabled=True", "train.amp.dtype=float16")
     assert "float16 needs CUDA" in message
+    for value in ("inf", "nan"):
+        message = fails(tmp_path, f"train.max_iter={value}")
+        assert message == f"train.max_iter={value} is of type float, expected int"
+    message = fails(tmp_path, "train.output_dir=null")
+    assert message == "train.output_dir is None, expected a folder"
+    (tmp_path / "file").write_text("")
+    assert "cannot create train.output_dir" in fails(tmp_path, f"train.output_dir={tmp_path}/file")
+    assert "only TensorBoard" in fails(tmp_path, "+train.wandb.enabled=True")
+
+
+def test_an_error_of_one_process_is_printed_by_it(monkeypatch, capfd):
+    def meet(error):
+        raise error
+
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert exit_code_of(lambda: meet(UserError("of all"))) == 2
+    assert exit_code_of(lambda: meet(LocalError("of one"))) == 2
+    assert capfd.readouterr().err == "error: of one\n"
 
 
 def test_device(monkeypatch):
@@ -158,3 +192,21 @@ def test_weights_of_another_architecture(tmp_path):
 def test_torchrun_is_recognised():
     assert started_by_torchrun({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})
     assert not started_by_torchrun({"RANK": "0"})
+
+
+@pytest.mark.parametrize(("rank", "backend"), [("1", "cpu:gloo,cuda:nccl"), ("2", "gloo")])
+def test_gloo_is_there_beside_cuda(monkeypatch, rank, backend):
+    for name, value in {"RANK": rank, "WORLD_SIZE": "3", "LOCAL_RANK": rank}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", chosen.append)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    assert run_in_processes(lambda args: 7, Namespace(opts=[])) == 7
+    assert chosen == ([1, backend] if rank == "1" else [backend])
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
+    run_in_processes(lambda args: 0, Namespace(opts=["train.device=cpu"]))
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""

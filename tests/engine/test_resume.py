@@ -25,11 +25,17 @@ def weights(folder):
     return {**state["model"], **{f"ema.{k}": v for k, v in state.get("ema_state", {}).items()}}
 
 
+def best_of(folder):
+    best = torch.load(Path(folder, "model_best.pth"), weights_only=True)
+    return best["best"], best["iteration"]
+
+
 def assert_equal_runs(a, b):
     assert metrics(a) == metrics(b)
     ours, theirs = weights(a), weights(b)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert best_of(a) == best_of(b)
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +52,22 @@ def test_resuming_from_any_checkpoint_gives_the_same_run(whole_run, tmp_path, it
     assert_equal_runs(whole_run, tmp_path / "run")
 
 
+@pytest.mark.parametrize("setting", ["train.log_period=4", "train.channels_last=True"])
+def test_resuming_is_exact_with(setting, tmp_path):
+    run_tiny(tmp_path / "whole", *EVERYTHING, setting)
+    continue_from(tmp_path / "whole", tmp_path / "run", 5)
+    run_tiny(tmp_path / "run", *EVERYTHING, setting, resume=True)
+    assert_equal_runs(tmp_path / "whole", tmp_path / "run")
+
+
+def test_better_weights_than_the_checkpoint_knows_of_stay(whole_run, tmp_path):
+    continue_from(whole_run, tmp_path / "run", 5)
+    better = {"model": {}, "iteration": 5, "best": 99.0}
+    torch.save(better, tmp_path / "run" / "model_best.pth")
+    run_tiny(tmp_path / "run", *EVERYTHING, resume=True)
+    assert best_of(tmp_path / "run") == (99.0, 5)
+
+
 def test_workers_do_not_change_the_run(whole_run, tmp_path):
     continue_from(whole_run, tmp_path / "run", 5)
     run_tiny(tmp_path / "run", *EVERYTHING, "dataloader.train.num_workers=2", resume=True)
@@ -54,11 +76,16 @@ def test_workers_do_not_change_the_run(whole_run, tmp_path):
 
 def test_kill_at_any_moment(whole_run, tmp_path):
     moments = random.Random(0)
-    for _ in range(4):
+    log = tmp_path / "metrics.json"
+    in_training = 0
+    for enough in (2, 5, 8, 11):
         process = fork_tiny(tmp_path, *EVERYTHING, resume=True)
-        time.sleep(moments.uniform(0.3, 1.2))
+        wait_for(lambda: process.exitcode is not None or lines_of(log) >= enough)  # noqa: B023
+        time.sleep(moments.uniform(0, 0.03))
         os.kill(process.pid, signal.SIGKILL)
         process.join()
+        in_training += enough <= lines_of(log) < 12 and not (tmp_path / "model_final.pth").exists()
+    assert in_training
     run_tiny(tmp_path, *EVERYTHING, resume=True)
     assert_equal_runs(whole_run, tmp_path)
 
@@ -140,6 +167,17 @@ def test_starting_anew_sets_the_earlier_run_aside(tmp_path):
     assert set(metrics(tmp_path)) == {0, 1, 2}
     assert (tmp_path / "previous" / "model_0000002.pth").is_file()
     assert not (tmp_path / "model_0000002.pth").exists()
+    run_tiny(tmp_path, "train.max_iter=1")
+    assert (tmp_path / "previous" / "model_0000002.pth").is_file()
+    assert set(metrics(tmp_path / "previous-2")) == {0, 1, 2}
+
+
+def test_evaluating_leaves_the_training_config(tmp_path):
+    run_tiny(tmp_path, "train.max_iter=1", "train.eval_period=0")
+    before = (tmp_path / "config.yaml").read_text()
+    run_tiny(tmp_path, f"train.init_checkpoint={tmp_path}/model_final.pth", eval_only=True)
+    assert (tmp_path / "config.yaml").read_text() == before
+    assert "model_final.pth" in (tmp_path / "config_eval.yaml").read_text()
 
 
 def test_old_checkpoints_are_removed(tmp_path):
@@ -173,8 +211,12 @@ def test_a_signal_saves_and_stops(tmp_path, signum):
     }
 
 
+def lines_of(path):
+    return path.read_text().count("\n") if path.is_file() else 0
+
+
 def wait_for(condition, seconds=30.0):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "timed out"
-        time.sleep(0.02)
+        time.sleep(0.005)

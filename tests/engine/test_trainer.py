@@ -157,7 +157,8 @@ def test_averages_have_their_own_results(tmp_path):
 
 def test_compiling_keeps_the_keys_clean():
     compile_options = {"enabled": True, "options": {"backend": "eager"}}
-    config = {"model": L(TinyDetector)(), "train": {"device": "cpu", "compile": compile_options}}
+    train = {"device": "cpu", "channels_last": False, "compile": compile_options}
+    config = {"model": L(TinyDetector)(), "train": train}
     model = build_model(OmegaConf.create(config, flags={"allow_objects": True}))
     assert model._compiled_call_impl is not None
     assert model.state_dict().keys() == TinyDetector().state_dict().keys()

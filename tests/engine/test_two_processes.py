@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_run import metrics, run_tiny
 
+from engine import checkpoint
 from engine.errors import exit_code_of
 
 STEADY = ("model.dropout=0.0", "train.max_iter=8", "train.eval_period=4")
@@ -77,14 +78,36 @@ def test_a_signal_to_one_process_stops_both(tmp_path):
     ranks = start_two(
         tmp_path, "train.max_iter=100000", "train.checkpointer.period=100000", "train.eval_period=0"
     )
-    end = time.monotonic() + 60
-    while not ((tmp_path / "metrics.json").is_file() and len(metrics(tmp_path)) > 2):
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    wait_for_metrics(tmp_path)
     os.kill(ranks[1].pid, signal.SIGTERM)
     assert finish(ranks) == [128 + signal.SIGTERM] * 2
     (saved,) = tmp_path.glob("model_*.pth")
     assert len(torch.load(saved, weights_only=True)["rng"]) == 2
+
+
+def test_no_process_ends_before_the_checkpoint_is_written(tmp_path, monkeypatch):
+    real = checkpoint.save_atomically
+
+    def slowly(data, path):
+        time.sleep(2)
+        real(data, path)
+
+    monkeypatch.setattr(checkpoint, "save_atomically", slowly)
+    ranks = start_two(
+        tmp_path, "train.max_iter=100000", "train.checkpointer.period=100000", "train.eval_period=0"
+    )
+    wait_for_metrics(tmp_path)
+    os.kill(ranks[1].pid, signal.SIGTERM)
+    ranks[1].join(60)
+    assert list(tmp_path.glob("model_*.pth"))
+    assert finish(ranks) == [128 + signal.SIGTERM] * 2
+
+
+def wait_for_metrics(folder):
+    end = time.monotonic() + 60
+    while not ((folder / "metrics.json").is_file() and len(metrics(folder)) > 2):
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_a_nonfinite_loss_stops_both(tmp_path, capfd):

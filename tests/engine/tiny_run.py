@@ -52,5 +52,7 @@ def continue_from(source, target, iteration):
     Path(target).mkdir()
     name = f"model_{iteration:07d}.pth"
     shutil.copy(Path(source, name), target)
-    shutil.copy(Path(source, "metrics.json"), target)
+    for kept in ("metrics.json", "model_best.pth"):
+        if Path(source, kept).is_file():
+            shutil.copy(Path(source, kept), target)
     Path(target, "last_checkpoint").write_text(name)

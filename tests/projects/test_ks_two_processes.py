@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from projects.ks_detr.encoder import share_knowledge
 from tiny_detectors import SETTINGS, StridedBackbone, build_conditional, instances, pattern_image
+
+from projects.ks_detr.encoder import share_knowledge
 
 
 def detector():

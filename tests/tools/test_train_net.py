@@ -29,6 +29,7 @@ def environment(tmp_path_factory):
         "TINY_DATA": str(folder),
         "PYTHONPATH": str(ENGINE_TESTS),
         "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
     }
 
 
