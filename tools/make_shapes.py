@@ -37,7 +37,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # What a small detector learns from scratch on a CPU in minutes.
     "quickstart": {
         "size": (96, 96),
-        "max_objects": 3,
+        "max_objects": 2,
         "categories": 8,
         "scales": (0.35, 0.9),
         "small_share": 0.0,
