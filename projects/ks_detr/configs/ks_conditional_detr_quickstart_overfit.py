@@ -22,4 +22,4 @@ model.num_classes = 80
 model.num_queries = 60
 
 train.output_dir = "./output/quickstart_overfit"
-train.max_iter = 1200
+train.max_iter = 800
