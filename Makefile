@@ -1,6 +1,7 @@
 # make quickstart   train and evaluate KS-Conditional-DETR on generated images
 # make test         the whole test suite; ARGS="-k boxes" goes to pytest
 # make lint         format, lint and types
+# make sanitize     the operators' tests under address and undefined-behaviour sanitizers
 # make env          only the environment that the others use
 #
 # VENV=path     use this environment; only what it lacks is installed      (.venv)
@@ -21,7 +22,7 @@ OUTPUT := output/quickstart
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 export PYTHONUNBUFFERED := 1
 
-.PHONY: env quickstart test lint
+.PHONY: env quickstart test lint sanitize
 
 env:
 	@$(if $(wildcard $(RUN)),$(RUN),$(PYTHON)) tools/setup_env.py $(VENV) --torch "$(TORCH)"
@@ -46,3 +47,19 @@ lint: env
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
+
+# A second build of the operators. The sanitizers' runtimes must be there before Python is, and
+# Python does not free all it holds at exit, so that leaks are not looked for.
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+SANITIZED := build/sanitized
+PRELOAD = $(shell $${CXX:-c++} -print-file-name=libasan.so):$(shell $${CXX:-c++} -print-file-name=libubsan.so)
+
+sanitize: export OMP_NUM_THREADS := 2
+sanitize: env
+	rm -rf $(SANITIZED)/ops
+	CFLAGS="$(SANITIZERS) -g" LDFLAGS="$(SANITIZERS)" \
+	    $(RUN) setup.py build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects
+	@ls $(SANITIZED)/ops/_C*.so > /dev/null  # what cannot be built would only be skipped
+	DETR_METHODS_OPS="$(CURDIR)/$(SANITIZED)/ops/_C*.so" LD_PRELOAD="$(PRELOAD)" \
+	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	    $(RUN) -m pytest --capture no tests/ops --ignore tests/ops/triton_kernels $(ARGS)

@@ -1,0 +1,73 @@
+"""What every operator needs to be differentiated, mapped and traced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def differentiable(
+    operator: torch._ops.OpOverload, setup_context: Callable, backward: Callable
+) -> Callable[..., Any]:
+    """Register an operator's gradient.
+
+    Args:
+        operator: the overload.
+        setup_context: ``(ctx, inputs, output)``, saves what ``backward`` needs.
+        backward: ``(ctx, *gradients of the outputs)`` to the gradients of the inputs.
+
+    Returns:
+        What to call instead of ``operator``: the same, also inside :mod:`torch.func` transforms,
+        which do not look behind an operator's registered gradient.
+    """
+    torch.library.register_autograd(operator, backward, setup_context=setup_context)
+    names = {
+        "forward": staticmethod(lambda *inputs: operator(*inputs)),
+        "setup_context": staticmethod(setup_context),
+        "backward": staticmethod(backward),
+        "generate_vmap_rule": True,
+    }
+    function: Any = type("Differentiable", (torch.autograd.Function,), names)
+
+    def call(*inputs: Any) -> Any:
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            return function.apply(*inputs)
+        return operator(*inputs)
+
+    return call
+
+
+def fold_mapped_axis(operator: torch._ops.OpOverload, shared: Sequence[int] = ()) -> None:
+    """Register the rule by which ``torch.vmap`` folds its axis into the images of a batch.
+
+    Args:
+        operator: all of its tensors begin with the images B, its results too.
+        shared: positions of tensors without images, which stay as they are.
+    """
+
+    def rule(info: Any, in_dims: Sequence[int | None], *inputs: Any) -> tuple[Any, Any]:
+        folded = [
+            _fold(tensor, dim, info.batch_size)
+            if isinstance(tensor, Tensor) and position not in shared
+            else tensor
+            for position, (tensor, dim) in enumerate(zip(inputs, in_dims, strict=True))
+        ]
+        result = operator(*folded)
+        if isinstance(result, Tensor):
+            return _unfold(result, info.batch_size), 0
+        return tuple(_unfold(part, info.batch_size) for part in result), (0,) * len(result)
+
+    torch.library.register_vmap(operator, rule)
+
+
+def _fold(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+    if dim is None:
+        return tensor.expand(size, *tensor.shape).flatten(0, 1)
+    return tensor.movedim(dim, 0).flatten(0, 1)
+
+
+def _unfold(tensor: Tensor, size: int) -> Tensor:
+    return tensor.unflatten(0, (size, tensor.shape[0] // size))

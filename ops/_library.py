@@ -1,0 +1,78 @@
+"""The operator library: its namespace, the compiled kernels, and which backend runs where."""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+import os
+import platform
+import warnings
+from pathlib import Path
+
+import torch
+
+NAMESPACE = "detr_methods"
+library = torch.library.Library(NAMESPACE, "DEF")
+"""Holds the schemas of all operators, which stand beside their Python functions."""
+
+
+class OperatorWarning(UserWarning):
+    """The compiled operators are missing; PyTorch does the same work, slower."""
+
+
+def _load_compiled() -> tuple[str | None, str]:
+    """Load ``ops/_C*.so``: its path and an empty reason, or None and why not.
+
+    The variable ``DETR_METHODS_OPS`` names another build, such as one with sanitizers.
+    """
+    pattern = os.environ.get("DETR_METHODS_OPS", str(Path(__file__).with_name("_C*.so")))
+    found = sorted(glob.glob(pattern))
+    if not found:
+        return None, f"no {Path(pattern).name}: run `python setup.py build_ext --inplace`"
+    try:
+        torch.ops.load_library(found[0])
+    except (OSError, RuntimeError) as error:
+        cause = str(error.__cause__ or error).strip().splitlines()[0]
+        return None, f"{found[0]} does not load: {cause}"
+    return found[0], ""
+
+
+COMPILED_PATH, MISSING_REASON = _load_compiled()
+if COMPILED_PATH is None:
+    warnings.warn(
+        f"compiled operators are missing ({MISSING_REASON}); the pure-PyTorch path is used",
+        OperatorWarning,
+        stacklevel=2,
+    )
+HAS_TRITON = platform.system() == "Linux" and importlib.util.find_spec("triton") is not None
+
+
+def backend(device_type: str) -> str:
+    """What runs an operator on a device type: ``"C++"``, ``"Triton"`` or ``"PyTorch"``."""
+    if device_type == "cpu" and COMPILED_PATH is not None:
+        return "C++"
+    if device_type == "cuda" and HAS_TRITON:
+        return "Triton"
+    return "PyTorch"
+
+
+def has_kernels(tensor: torch.Tensor) -> bool:
+    """Tell whether an operator has kernels of its own where ``tensor`` lives."""
+    return backend(tensor.device.type) != "PyTorch"
+
+
+def cpu_capability() -> str:
+    """Vector instructions that the compiled CPU kernels use here: avx512, avx2 or baseline."""
+    return torch.ops.detr_methods.cpu_capability("")
+
+
+def set_cpu_capability(name: str) -> None:
+    """Use narrower vector instructions than the processor has.
+
+    Args:
+        name: ``"avx512"``, ``"avx2"`` or ``"baseline"``.
+
+    Raises:
+        ValueError: if the name is unknown or this processor lacks the instructions.
+    """
+    torch.ops.detr_methods.cpu_capability(name)

@@ -1,0 +1,49 @@
+// Multi-scale deformable attention on the CPU: what the operator hands to its kernels.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "capability.h"
+
+namespace detr_methods {
+
+// Sizes and levels of one call. Images B, tokens S, heads H, channels D, queries N, levels V,
+// points P; all tensors are contiguous.
+struct DeformableShape {
+  int64_t images, tokens, heads, channels, queries, levels, points;
+  std::vector<int64_t> height, width, start;  // per level; start is its first token
+};
+
+// value (B, S, H, D), locations (B, N, H, V, P, 2), weights (B, N, H, V, P), output (B, N, H, D).
+template <typename T, typename C>
+struct DeformableForward {
+  const T* value;
+  const C* locations;
+  const C* weights;
+  T* output;
+};
+
+template <typename T, typename C>
+struct DeformableBackward {
+  const T* grad_output;
+  const T* value;
+  const C* locations;
+  const C* weights;
+  T* grad_value;
+  C* grad_locations;
+  C* grad_weights;
+};
+
+// Forward: rows [begin, end) of the B * H * N (image, head, query) triples.
+// Backward: the units [begin, end) of B * H * level groups. A unit owns its part of every gradient,
+// so that nothing is shared between threads and sums have one order.
+DETR_METHODS_DECLARE(
+    template <typename T, typename C> void deformable_forward(
+        const DeformableShape& shape, const DeformableForward<T, C>& tensors, int64_t begin,
+        int64_t end);
+    template <typename T, typename C> void deformable_backward(
+        const DeformableShape& shape, const DeformableBackward<T, C>& tensors, int64_t groups,
+        int64_t begin, int64_t end);)
+
+}  // namespace detr_methods

@@ -1,0 +1,152 @@
+"""The attention layer of Deformable DETR around the operator, with detrex's parameters and call."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._checks import match_shape
+from .deformable_attention import Sizes, multi_scale_deformable_attention
+
+
+class MultiScaleDeformableAttention(nn.Module):
+    """Multi-scale deformable attention with its projections (Deformable DETR, Eq. 3).
+
+    Args:
+        embed_dim: C, the width of queries and values.
+        num_heads: H, a divisor of C.
+        num_levels: V.
+        num_points: P, sampling points per head and level.
+        img2col_step: has no effect; detrex's kernel splits the batch by it.
+        dropout: on the output, before the residual sum.
+        batch_first: whether tokens come as (B, N, C) or, as detrex's default, as (N, B, C).
+    """
+
+    def __init__(
+        self,
+        embed_dim: int = 256,
+        num_heads: int = 8,
+        num_levels: int = 4,
+        num_points: int = 4,
+        img2col_step: int = 64,
+        dropout: float = 0.1,
+        batch_first: bool = False,
+    ):
+        super().__init__()
+        if embed_dim % num_heads:
+            raise ValueError(f"num_heads {num_heads} does not divide embed_dim {embed_dim}")
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.num_levels = num_levels
+        self.num_points = num_points
+        self.batch_first = batch_first
+        self.dropout = nn.Dropout(dropout)
+        samples = num_heads * num_levels * num_points
+        self.sampling_offsets = nn.Linear(embed_dim, samples * 2)
+        self.attention_weights = nn.Linear(embed_dim, samples)
+        self.value_proj = nn.Linear(embed_dim, embed_dim)
+        self.output_proj = nn.Linear(embed_dim, embed_dim)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Offsets that point away from the reference, one direction a head, and equal weights."""
+        angles = torch.arange(self.num_heads, dtype=torch.float32) * (2 * math.pi / self.num_heads)
+        directions = torch.stack([angles.cos(), angles.sin()], dim=-1)
+        directions = directions / directions.abs().amax(-1, keepdim=True)
+        steps = torch.arange(1, self.num_points + 1, dtype=torch.float32)
+        offsets = directions[:, None, None] * steps[:, None]  # (H, 1, P, 2)
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(offsets.repeat(1, self.num_levels, 1, 1).flatten())
+        for layer in (self.sampling_offsets, self.attention_weights):
+            nn.init.zeros_(layer.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        for layer in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        identity: Tensor | None = None,
+        query_pos: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        reference_points: Tensor | None = None,
+        spatial_shapes: Sizes | None = None,
+        level_start_index: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Sample the value around each query's reference points.
+
+        Args:
+            query: (B, N, C), or (N, B, C) unless ``batch_first``; the next three likewise.
+            key: has no effect.
+            value: (B, S, C); the query if None.
+            identity: what the output is added to; the query, without its position, if None.
+            query_pos: added to the query for offsets and weights.
+            key_padding_mask: (B, S), True on padding, whose values are zeroed.
+            reference_points: (B, N, V, 2) as (x, y) in [0, 1], or (B, N, V, 4) as (x, y, w, h),
+                whose offsets are in units of half the box divided by P.
+            spatial_shapes: V pairs (h, w); as a tensor on CUDA they cost a synchronisation.
+            level_start_index: has no effect; it follows from ``spatial_shapes``.
+
+        Returns:
+            ``identity`` plus the attention output, in the query's layout.
+        """
+        value = query if value is None else value
+        identity = query if identity is None else identity
+        if query_pos is not None:
+            query = query + query_pos
+        if not self.batch_first:
+            query, value = query.transpose(0, 1), value.transpose(0, 1)
+        if reference_points is None or spatial_shapes is None:
+            missing = "reference_points" if reference_points is None else "spatial_shapes"
+            raise ValueError(f"{missing} is None, expected one entry for each of the levels")
+        output = multi_scale_deformable_attention(
+            self.project_value(value, key_padding_mask),
+            spatial_shapes,
+            self.sampling_locations(query, reference_points, spatial_shapes),
+            self.sampling_weights(query),
+        )
+        output = self.output_proj(output)
+        if not self.batch_first:
+            output = output.transpose(0, 1)
+        return self.dropout(output) + identity
+
+    def project_value(self, value: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+        """(B, S, H, D) of (B, S, C), zero on padding."""
+        value = self.value_proj(value)
+        if key_padding_mask is not None:
+            sizes = {"B": value.shape[0], "S": value.shape[1]}
+            match_shape("key_padding_mask", key_padding_mask, "B S", sizes)
+            # in place: no gradient needs what is overwritten
+            value = value.masked_fill_(key_padding_mask[..., None], 0)
+        return value.unflatten(-1, (self.num_heads, -1))
+
+    def sampling_locations(
+        self, query: Tensor, reference_points: Tensor, spatial_shapes: Sizes
+    ) -> Tensor:
+        """Locations (B, N, H, V, P, 2) of queries (B, N, C); arguments as in :meth:`forward`."""
+        axes = "B N V 4" if reference_points.shape[-1] == 4 else "B N V 2"
+        sizes = {"B": query.shape[0], "N": query.shape[1], "V": self.num_levels}
+        match_shape("reference_points", reference_points, axes, sizes)
+        shape = (self.num_heads, self.num_levels, self.num_points, 2)
+        offsets = self.sampling_offsets(query).unflatten(-1, shape)
+        dtype = torch.promote_types(offsets.dtype, reference_points.dtype)
+        reference_points, offsets = reference_points.to(dtype), offsets.to(dtype)
+        centers = reference_points[:, :, None, :, None, :2]
+        if reference_points.shape[-1] == 4:
+            unit = reference_points[:, :, None, :, None, 2:] * (0.5 / self.num_points)
+        else:
+            size = torch.as_tensor(spatial_shapes, device=query.device).flip(-1)  # (V, 2) as (w, h)
+            unit = size.to(dtype).reciprocal()[:, None, :]
+        return torch.addcmul(centers, offsets, unit)
+
+    def sampling_weights(self, query: Tensor) -> Tensor:
+        """Attention weights (B, N, H, V, P) of queries (B, N, C)."""
+        logits = self.attention_weights(query).unflatten(-1, (self.num_heads, -1))
+        return logits.softmax(-1).unflatten(-1, (self.num_levels, self.num_points))

@@ -1,0 +1,130 @@
+"""The attention layer against detrex's recorded one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from recorded_cases import close
+from torch import Tensor
+
+import ops
+
+LEVELS = ((5, 7), (3, 4))
+CASES = [
+    "msda_ref2_batch_first_True",
+    "msda_ref2_batch_first_False",
+    "msda_ref4_batch_first_True",
+    "msda_ref4_batch_first_False",
+    "msda_self_value_none",
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_recorded_outputs_and_gradients(layer_cases, backend: str, case: str) -> None:
+    layer = ops.MultiScaleDeformableAttention(**layer_cases.facts[case]["constructor"])
+    layer_cases.check_module(case, layer)
+
+
+def test_initial_values(layer_cases) -> None:
+    facts = layer_cases.facts["msda_default_init"]["constructor"]
+    layer = ops.MultiScaleDeformableAttention(**facts)
+    expected = layer_cases.arrays("msda_default_init", "out")["sampling_offsets_bias"]
+    close(layer.sampling_offsets.bias, expected.flatten())
+    for name, parameter in layer.named_parameters():
+        random = name in ("value_proj.weight", "output_proj.weight")
+        if name != "sampling_offsets.bias":
+            assert bool((parameter != 0).any()) == random, name
+    bound = (6 / (2 * 32)) ** 0.5
+    for weight in (layer.value_proj.weight, layer.output_proj.weight):
+        assert 0.9 * bound < float(weight.abs().max()) <= bound
+    assert layer.dropout.p == 0.1
+    assert not layer.batch_first
+
+
+def call(layer: torch.nn.Module, images=2, queries=6, **options) -> Tensor:
+    """Run a batch-first layer on reproducible input."""
+    generator = torch.Generator().manual_seed(0)
+    dtype = layer.value_proj.weight.dtype
+    defaults = {
+        "query": torch.randn(images, queries, 16, generator=generator).to(dtype),
+        "value": torch.randn(images, 47, 16, generator=generator).to(dtype),
+        "reference_points": torch.rand(images, queries, 2, 2, generator=generator),
+        "spatial_shapes": LEVELS,
+    }
+    return layer(**(defaults | options))
+
+
+@pytest.fixture
+def layer() -> ops.MultiScaleDeformableAttention:
+    torch.manual_seed(0)
+    layer = ops.MultiScaleDeformableAttention(16, 2, 2, 3, dropout=0.0, batch_first=True)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return layer
+
+
+def test_padding_is_as_good_as_zero_values(layer) -> None:
+    mask = torch.zeros(2, 47, dtype=torch.bool)
+    mask[1, 20:] = True
+    noise = torch.randn(2, 47, 16)
+    changed = torch.where(mask[..., None], torch.nan, noise)
+    output = call(layer, value=changed, key_padding_mask=mask)
+    torch.testing.assert_close(output, call(layer, value=noise, key_padding_mask=mask))
+    assert not torch.allclose(output, call(layer, value=noise))
+    with torch.no_grad():  # the path without a graph masks in place too
+        torch.testing.assert_close(output, call(layer, value=noise, key_padding_mask=mask))
+
+
+def test_gradients_pass_the_padding(layer) -> None:
+    layer.double()
+    mask = torch.zeros(2, 47, dtype=torch.bool)
+    mask[0, 30:] = True
+    value = torch.randn(2, 47, 16, dtype=torch.float64, requires_grad=True)
+    references = torch.rand(2, 6, 2, 4, dtype=torch.float64, requires_grad=True)
+
+    def outputs(value: Tensor, references: Tensor) -> Tensor:
+        return call(layer, value=value, reference_points=references, key_padding_mask=mask)
+
+    assert torch.autograd.gradcheck(outputs, (value, references))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_layers_keep_precise_locations(layer, dtype: torch.dtype) -> None:
+    expected = call(layer)
+    output = call(layer.to(dtype))
+    assert output.dtype == dtype
+    torch.testing.assert_close(output.float(), expected, atol=0.1, rtol=0.1)
+    query = torch.zeros(2, 6, 16, dtype=dtype)
+    references = torch.full((2, 6, 2, 2), 0.123456)
+    locations = layer.sampling_locations(query, references, LEVELS)
+    assert locations.dtype == torch.float32
+
+
+def test_autocast(layer) -> None:
+    expected = call(layer)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = call(layer)
+    torch.testing.assert_close(output.float(), expected, atol=0.1, rtol=0.1)
+
+
+def test_compiles_without_a_graph_break(layer) -> None:
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    for images, queries in ((1, 4), (3, 6), (2, 9)):
+        torch.testing.assert_close(call(compiled, images, queries), call(layer, images, queries))
+
+
+def test_bad_input_is_one_line(layer) -> None:
+    with pytest.raises(ValueError, match="num_heads 3 does not divide embed_dim 16"):
+        ops.MultiScaleDeformableAttention(16, 3)
+    with pytest.raises(ValueError, match="reference_points is None"):
+        call(layer, reference_points=None)
+    with pytest.raises(ValueError, match="spatial_shapes is None"):
+        call(layer, spatial_shapes=None)
+    with pytest.raises(ValueError, match=r"reference_points has shape \(2, 6, 3, 2\), expected"):
+        call(layer, reference_points=torch.rand(2, 6, 3, 2))
+    with pytest.raises(ValueError, match=r"reference_points has shape .*, expected \(B, N, V, 2\)"):
+        call(layer, reference_points=torch.rand(2, 6, 2, 3))
+    with pytest.raises(ValueError, match=r"key_padding_mask has shape \(2, 46\), expected"):
+        call(layer, key_padding_mask=torch.zeros(2, 46, dtype=torch.bool))
+    with pytest.raises(ValueError, match="spatial_shapes has 48 cells in all, expected S = 47"):
+        call(layer, spatial_shapes=((6, 6), (3, 4)))

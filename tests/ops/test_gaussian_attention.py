@@ -1,0 +1,464 @@
+"""Gaussian-modulated attention against its dense formula, recorded numbers and itself."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import ops
+from ops import _library
+from ops.gaussian_attention import reference
+
+needs_kernels = pytest.mark.skipif(
+    _library.COMPILED_PATH is None, reason="the operator is not built"
+)
+Arguments = dict[str, Tensor | tuple[int, int] | None]
+
+
+def example(
+    shape=(5, 7),
+    images=2,
+    heads=3,
+    queries=6,
+    channels=5,
+    value_channels=4,
+    shared=False,
+    padded=False,
+    strength=0.5,
+    seed=0,
+    dtype=torch.float64,
+) -> Arguments:
+    """Random arguments by name; with ``padded`` the right part of the last image is masked."""
+    generator = torch.Generator().manual_seed(seed)
+    height, width = shape
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    places = (images, 1 if shared else heads, queries, 2)
+    mask = torch.zeros(images, height, width, dtype=torch.bool)
+    mask[-1:, :, (width + 1) // 2 :] = True
+    tensors = {
+        "query": draw(images, heads, queries, channels),
+        "key": draw(images, heads, height * width, channels),
+        "value": draw(images, heads, height * width, value_channels),
+        "centers": draw(*places).sigmoid() * torch.tensor([width, height]),
+        "precision": draw(*places).square() * strength,
+    }
+    given = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    return given | {
+        "spatial_shape": shape,
+        "key_padding_mask": mask.flatten(1) if padded else None,
+    }
+
+
+def dense(
+    query, key, value, spatial_shape, centers, precision, key_padding_mask, scale=None, kept=1.0
+) -> Tensor:
+    """The formula with all its logits; ``kept`` multiplies the weights."""
+    height, width = spatial_shape
+    cells = torch.tensor([[x, y] for y in range(height) for x in range(width)], dtype=query.dtype)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    offsets = cells.reshape(-1, 2) - centers[:, :, :, None]
+    logits = query @ key.mT * scale - (precision[:, :, :, None] * offsets**2).sum(-1)
+    if key_padding_mask is not None:
+        logits = logits.masked_fill(key_padding_mask[:, None, None], -torch.inf)
+    return (logits.softmax(-1).nan_to_num() * kept) @ value
+
+
+LEAVES = ("query", "key", "value", "centers", "precision")
+
+
+def with_gradients(call, arguments: Arguments, **options) -> tuple[Tensor, ...]:
+    """Output and the gradients of its weighted sum."""
+    leaves = {name: arguments[name].detach().requires_grad_() for name in LEAVES}
+    output = call(**{**arguments, **leaves}, **options)
+    weight = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).view(output.shape)
+    grads = torch.autograd.grad((output * weight.to(output.dtype)).sum(), list(leaves.values()))
+    return output, *grads
+
+
+def in_double(arguments: Arguments) -> Arguments:
+    return {
+        name: item.double() if isinstance(item, Tensor) and item.is_floating_point() else item
+        for name, item in arguments.items()
+    }
+
+
+# --- values and gradients -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_output_and_gradients_are_the_formula(backend: str, padded, shared, scale) -> None:
+    arguments = example(padded=padded, shared=shared)
+    found = with_gradients(ops.gaussian_attention, arguments, scale=scale)
+    torch.testing.assert_close(found, with_gradients(dense, arguments, scale=scale))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"shape": (13, 20), "queries": 70, "channels": 32, "value_channels": 32},
+        {"shape": (9, 1), "queries": 1, "channels": 1, "value_channels": 1},
+        {"shape": (1, 300), "queries": 33, "channels": 40, "value_channels": 17},
+        {"shape": (1, 1)},
+    ],
+)
+def test_blocks_of_any_size_add_up(backend: str, sizes: dict) -> None:
+    arguments = example(**sizes, padded=sizes["shape"] != (1, 1))
+    found = with_gradients(ops.gaussian_attention, arguments)
+    torch.testing.assert_close(found, with_gradients(dense, arguments))
+    single = example(**sizes, dtype=torch.float32)
+    wanted = with_gradients(dense, in_double(single))
+    digits = 2e-5 if backend != "PyTorch" else 5e-3  # of its expanded quadratic, on 300 cells
+    for ours, exact in zip(with_gradients(ops.gaussian_attention, single), wanted, strict=True):
+        tolerance = digits * max(1.0, float(exact.detach().abs().max()))
+        torch.testing.assert_close(ours.double(), exact, atol=tolerance, rtol=digits)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    images=st.integers(1, 2),
+    heads=st.integers(1, 3),
+    queries=st.integers(1, 9),
+    channels=st.integers(1, 20),
+    value_channels=st.integers(1, 20),
+    shared=st.booleans(),
+    strength=st.sampled_from([0.0, 0.1, 30.0]),
+    seed=st.integers(0, 99),
+)
+def test_kernels_and_reference_agree(**sizes) -> None:
+    arguments = example(**sizes, padded=sizes["shape"][1] > 1)
+    found = with_gradients(ops.gaussian_attention, arguments)
+    torch.testing.assert_close(found, with_gradients(reference, arguments))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_gradients_are_finite_differences(backend: str, shared: bool) -> None:
+    arguments = example(images=1, heads=2, queries=3, shape=(3, 4), shared=shared, padded=True)
+    leaves = [arguments[name].requires_grad_() for name in LEAVES]
+
+    def call(*tensors: Tensor) -> Tensor:
+        return ops.gaussian_attention(**{**arguments, **dict(zip(LEAVES, tensors, strict=True))})
+
+    assert torch.autograd.gradcheck(call, leaves)
+
+
+def test_recorded_outputs_and_gradients(reference_dir, backend: str) -> None:
+    """SMCA's own numbers: precision is scale^2 / beta, times the level's factor."""
+    facts = json.loads((reference_dir / "smca" / "attention.json").read_text())
+    arrays = np.load(reference_dir / "smca" / "attention.npz")
+    cases = [name for name, fact in facts.items() if not fact.get("multi_level", True)]
+    assert len(cases) > 5
+    for name in cases:
+        fact = facts[name]
+        stored = {
+            key.split("/", 1)[1]: torch.from_numpy(arrays[key])
+            for key in arrays.files
+            if key.startswith(name + "/")
+        }
+        given = {key: tensor for key, tensor in stored.items() if tensor.is_floating_point()}
+        q, k, v, centers = (given[key].double() for key in ("q", "k", "v", "centres"))
+        scales = given.get("scales", torch.ones(*centers.shape[:3], 1)).double()
+        leaves = [tensor.requires_grad_() for tensor in (q, k, v, centers, scales)]
+        precision = scales.square().expand(*centers.shape[:3], 2) / fact["beta"]
+        output = ops.gaussian_attention(
+            q,
+            k,
+            v,
+            tuple(fact["levels"][0]),
+            centers,
+            precision,
+            stored.get("key_padding_mask"),
+        )
+        merged = output.transpose(1, 2).flatten(2)
+        # huge logits keep fewer digits of their differences in the quadratic's expanded form
+        digits = 1e-6 if backend != "PyTorch" else 1e-5
+        torch.testing.assert_close(merged, given["out"], atol=digits, rtol=digits)
+        (merged * given["upstream_grad"]).sum().backward()
+        for leaf, key in zip(leaves, ("q", "k", "v", "centres", "scales"), strict=True):
+            if f"grad_{key}" in given:
+                expected = given[f"grad_{key}"].double()
+                scale = max(1.0, float(expected.abs().max()))
+                torch.testing.assert_close(leaf.grad, expected, atol=digits * scale, rtol=digits)
+
+
+# --- extremes -----------------------------------------------------------------------------------
+
+
+def test_a_query_without_keys_gives_zeros(backend: str) -> None:
+    arguments = example(padded=True)
+    mask = torch.zeros_like(arguments["key_padding_mask"])
+    mask[1] = True
+    output, *grads = with_gradients(ops.gaussian_attention, arguments | {"key_padding_mask": mask})
+    assert (output[1] == 0).all()
+    assert (output[0] != 0).any()
+    assert all((grad[1] == 0).all() for grad in grads)
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_steep_gaussians_keep_their_precision(compiled: str, dtype: torch.dtype) -> None:
+    """A precision of 1e4 leaves one cell; its expanded form would cancel away."""
+    arguments = example(shape=(25, 34), queries=20, dtype=dtype)
+    arguments["centers"] = arguments["centers"].float() + 100.0 * (torch.arange(20) == 7)[:, None]
+    arguments["precision"] = torch.full_like(arguments["centers"], 1e4)
+    found = with_gradients(ops.gaussian_attention, arguments)
+    wanted = with_gradients(dense, in_double(arguments))
+    epsilon = max(torch.finfo(dtype).eps, 1e-5)  # logits of 1e4 have few digits behind the point
+    for ours, exact in zip(found[:4], wanted[:4], strict=True):
+        tolerance = 4 * epsilon * max(1.0, float(exact.detach().abs().max()))
+        torch.testing.assert_close(ours.double(), exact, atol=tolerance, rtol=4 * epsilon)
+    assert all(part.isfinite().all() for part in found)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("low_places", [False, True])
+def test_low_precision_rounds_only_inputs_and_outputs(
+    backend: str, dtype: torch.dtype, low_places: bool
+) -> None:
+    arguments = example(shape=(9, 20), queries=40, channels=32, padded=True, dtype=dtype)
+    if not low_places:
+        for name in ("centers", "precision"):
+            arguments[name] = arguments[name].float() * 1.001
+    found = with_gradients(ops.gaussian_attention, arguments)
+    assert [part.dtype for part in found[1:]] == [arguments[name].dtype for name in LEAVES]
+    for ours, exact in zip(found, with_gradients(dense, in_double(arguments)), strict=True):
+        tolerance = 4 * torch.finfo(dtype).eps * float(exact.detach().abs().max())
+        torch.testing.assert_close(ours.double(), exact, atol=tolerance, rtol=0.02)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"queries": 0},
+        {"images": 0},
+        {"heads": 0},
+        {"shape": (0, 0)},
+        {"shape": (0, 4)},
+        {"channels": 0},
+        {"value_channels": 0},
+    ],
+)
+def test_nothing_in_nothing_out(backend: str, sizes: dict) -> None:
+    arguments = example(**sizes)
+    found = with_gradients(ops.gaussian_attention, arguments, scale=1.0)
+    wanted = with_gradients(dense, arguments, scale=1.0)
+    for ours, exact in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, exact)
+
+
+def test_any_layout_will_do(backend: str) -> None:
+    arguments = example(padded=True)
+    wanted = with_gradients(dense, arguments)
+    strided = dict(arguments)
+    for name in ("query", "key", "value"):
+        strided[name] = arguments[name].transpose(1, 2).contiguous().transpose(1, 2)
+    strided["centers"] = arguments["centers"].flip(-1).contiguous().flip(-1)
+    strided["key_padding_mask"] = arguments["key_padding_mask"].T.contiguous().T
+    torch.testing.assert_close(with_gradients(ops.gaussian_attention, strided), wanted)
+
+
+def test_autocast_lowers_tokens_and_keeps_places(backend: str) -> None:
+    arguments = example(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = ops.gaussian_attention(**arguments)
+    assert output.dtype == torch.bfloat16
+    lowered = {name: arguments[name].bfloat16() for name in ("query", "key", "value")}
+    expected = ops.gaussian_attention(**(arguments | lowered))
+    torch.testing.assert_close(output, expected, atol=0, rtol=0)
+
+
+# --- dropout ------------------------------------------------------------------------------------
+
+
+def mixed(x: int) -> int:
+    x ^= x >> 16
+    x = x * 0x7FEB352D % 2**32
+    x ^= x >> 15
+    x = x * 0x846CA68B % 2**32
+    return x ^ x >> 16
+
+
+def kept_factors(seed: int, rows: int, keys: int, probability: float) -> Tensor:
+    """The documented mask, in Python integers: (rows, keys)."""
+    factors = torch.full((rows, keys), 1 / (1 - probability), dtype=torch.float64)
+    for row in range(rows):
+        first = mixed(row ^ seed % 2**32)
+        second = mixed((first + seed // 2**32 + 0x9E3779B9) % 2**32)
+        for key in range(keys):
+            x = key * 0x9E3779B9 % 2**32 ^ first
+            x ^= x >> 16
+            x = x * 0x7FEB352D % 2**32
+            x ^= x >> 15
+            x = (x + second) * 0x846CA68B % 2**32
+            if x ^ x >> 16 < int(probability * 2**32):
+                factors[row, key] = 0
+    return factors
+
+
+def test_dropout_is_the_documented_mask(compiled: str) -> None:
+    arguments = example(shape=(6, 30), padded=True)
+    torch.manual_seed(5)
+    seed = int(torch.randint(2**63 - 1, (1,)))
+    factors = kept_factors(seed, 2 * 3 * 6, 180, 0.3).view(2, 3, 6, 180)
+    assert 0.25 < float((factors == 0).double().mean()) < 0.35
+    wanted = with_gradients(dense, arguments, kept=factors)
+    torch.manual_seed(5)
+    found = with_gradients(ops.gaussian_attention, arguments, dropout_p=0.3)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_dropout_follows_the_seed_and_keeps_the_mean(backend: str) -> None:
+    arguments = example(shape=(10, 10), queries=50, channels=8, strength=0.01)
+    arguments["value"] = torch.ones_like(arguments["value"])
+    torch.manual_seed(0)
+    first = ops.gaussian_attention(**arguments, dropout_p=0.5)
+    second = ops.gaussian_attention(**arguments, dropout_p=0.5)
+    torch.manual_seed(0)
+    assert torch.equal(ops.gaussian_attention(**arguments, dropout_p=0.5), first)
+    assert not torch.equal(first, second)
+    assert abs(float(first.mean()) - 1) < 0.02
+    assert torch.allclose(ops.gaussian_attention(**arguments), torch.ones_like(first))
+
+
+# --- determinism and PyTorch's machinery ---------------------------------------------------------
+
+
+def test_bits_do_not_depend_on_threads_or_runs(compiled: str, threads: None) -> None:
+    arguments = example(shape=(13, 20), queries=90, channels=24, dtype=torch.float32)
+    results = []
+    for count in (1, 2, 4, 4):
+        torch.set_num_threads(count)
+        results.append(with_gradients(ops.gaussian_attention, arguments))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@needs_kernels
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_operator_is_registered_properly(dtype: torch.dtype, dropout: float) -> None:
+    given = example(padded=True, dtype=dtype)
+    leaves = [given[name].requires_grad_() for name in LEAVES]
+    mask, seed = given["key_padding_mask"], torch.tensor([7])
+    forward = torch.ops.detr_methods.gaussian_attention.default
+    torch.library.opcheck(forward, (*leaves[:3], 7, *leaves[3:], mask, 0.4, dropout, seed))
+    plain = [leaf.detach() for leaf in leaves]
+    saved = forward(*plain[:3], 7, *plain[3:], mask, 0.4, dropout, seed)
+    backward = torch.ops.detr_methods.gaussian_attention_backward.default
+    grad = torch.ones_like(saved[0])
+    others = (*plain[:3], *saved, 7, *plain[3:], mask, 0.4, dropout, seed)
+    torch.library.opcheck(backward, (grad, *others))
+
+
+@needs_kernels
+def test_transforms_see_through_it() -> None:
+    arguments = example(padded=True)
+    centers = torch.stack([arguments["centers"], arguments["centers"] + 1])
+
+    def loss(places: Tensor, query: Tensor) -> Tensor:
+        changed = arguments | {"centers": places, "query": query}
+        return ops.gaussian_attention(**changed).square().sum()
+
+    mapped = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1)), in_dims=(0, None))
+    found = mapped(centers, arguments["query"])
+    for row, place in enumerate(centers):
+        leaves = [place.clone().requires_grad_(), arguments["query"].clone().requires_grad_()]
+        wanted = torch.autograd.grad(loss(*leaves), leaves)
+        torch.testing.assert_close(tuple(part[row] for part in found), wanted)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_compiles_without_a_graph_break(dropout: float) -> None:
+    arguments = example(padded=True)
+    compiled = torch.compile(ops.gaussian_attention, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(1)
+    found = with_gradients(compiled, arguments, dropout_p=dropout)
+    torch.manual_seed(1)
+    wanted = with_gradients(ops.gaussian_attention, arguments, dropout_p=dropout)
+    torch.testing.assert_close(found, wanted)
+
+
+# --- errors -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"query": None}, TypeError, "query is NoneType, expected a tensor"),
+        ({"key": torch.zeros(2, 3, 35, 4)}, ValueError, r"key has shape .*\(2, 3, \?, 5\)"),
+        ({"value": torch.zeros(2, 3, 34, 4)}, ValueError, r"value has shape .*\(2, 3, 35, \?\)"),
+        ({"spatial_shape": (5, 6)}, ValueError, r"spatial_shape is \(5, 6\), expected .* S = 35"),
+        ({"spatial_shape": (-5, -7)}, ValueError, r"spatial_shape is \(-5, -7\), expected \(h, w"),
+        (
+            {"centers": torch.zeros(2, 2, 6, 2)},
+            ValueError,
+            r"centers has shape \(2, 2, 6, 2\), expected \(B, H, N, 2\) = \(2, 3, 6, 2\)",
+        ),
+        (
+            {"precision": torch.zeros(2, 1, 5, 2)},
+            ValueError,
+            r"precision has shape .*, expected \(B, 1, N, 2\) = \(2, 1, 6, 2\)",
+        ),
+        (
+            {"key": torch.zeros(2, 3, 35, 5).half()},
+            TypeError,
+            "key has dtype float16, expected float32",
+        ),
+        (
+            {"centers": torch.zeros(2, 3, 6, 2).double()},
+            TypeError,
+            "centers has dtype float64, expected float32",
+        ),
+        (
+            {"key_padding_mask": torch.zeros(2, 35)},
+            TypeError,
+            "key_padding_mask has dtype float32, expected bool",
+        ),
+        (
+            {"key_padding_mask": torch.zeros(2, 5, 7, dtype=torch.bool)},
+            ValueError,
+            r"key_padding_mask has shape \(2, 5, 7\), expected \(B, S\) = \(2, 35\)",
+        ),
+        (
+            {"value": torch.zeros(2, 3, 35, 4, device="meta")},
+            ValueError,
+            "value is on meta, expected cpu as that of query",
+        ),
+        ({"dropout_p": 1.5}, ValueError, "dropout_p is 1.5, expected a probability below 1"),
+        ({"dropout_p": -0.1}, ValueError, "dropout_p is -0.1, expected"),
+    ],
+)
+def test_bad_input_is_one_line(backend: str, change: dict, error: type, message: str) -> None:
+    arguments = example(dtype=torch.float32)
+    with pytest.raises(error, match=message) as caught:
+        ops.gaussian_attention(**(arguments | change))
+    assert "\n" not in str(caught.value)
+
+
+@needs_kernels
+def test_the_raw_operator_reads_nothing_outside_its_tensors() -> None:
+    given = example(dtype=torch.float32)
+    query, key, value, centers, precision = (given[name] for name in LEAVES)
+    operator = torch.ops.detr_methods.gaussian_attention
+    with pytest.raises(ValueError, match="do not belong together"):
+        operator(query, key[:, :, :3], value, 7, centers, precision, None, 1.0, 0.0, None)
+    with pytest.raises(ValueError, match="a map of the given width"):
+        operator(query, key, value, 0, centers, precision, None, 1.0, 0.0, None)
+    with pytest.raises(ValueError, match="centers and precision need the shape"):
+        operator(query, key, value, 7, centers[:, :, :5], precision, None, 1.0, 0.0, None)
+    mask = torch.zeros(2, 34, dtype=torch.bool)
+    with pytest.raises(ValueError, match="key_padding_mask needs the shape"):
+        operator(query, key, value, 7, centers, precision, mask, 1.0, 0.0, None)
+    with pytest.raises(ValueError, match="dropout needs a seed"):
+        operator(query, key, value, 7, centers, precision, None, 1.0, 0.5, None)
