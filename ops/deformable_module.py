@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._checks import match_shape
@@ -134,17 +135,27 @@ class MultiScaleDeformableAttention(nn.Module):
         axes = "B N V 4" if reference_points.shape[-1] == 4 else "B N V 2"
         sizes = {"B": query.shape[0], "N": query.shape[1], "V": self.num_levels}
         match_shape("reference_points", reference_points, axes, sizes)
-        shape = (self.num_heads, self.num_levels, self.num_points, 2)
-        offsets = self.sampling_offsets(query).unflatten(-1, shape)
-        dtype = torch.promote_types(offsets.dtype, reference_points.dtype)
-        reference_points, offsets = reference_points.to(dtype), offsets.to(dtype)
-        centers = reference_points[:, :, None, :, None, :2]
+        # a row of numbers per query and head: broadcasting along short axes is slow
+        centers = self._for_points(reference_points[..., :2])
         if reference_points.shape[-1] == 4:
-            unit = reference_points[:, :, None, :, None, 2:] * (0.5 / self.num_points)
+            offsets = self.sampling_offsets(query).unflatten(-1, (self.num_heads, -1))
+            unit = self._for_points(reference_points[..., 2:] * (0.5 / self.num_points))
+            dtype = torch.promote_types(offsets.dtype, unit.dtype)
+            locations = torch.addcmul(centers.to(dtype), offsets.to(dtype), unit.to(dtype))
         else:
-            size = torch.as_tensor(spatial_shapes, device=query.device).flip(-1)  # (V, 2) as (w, h)
-            unit = size.to(dtype).reciprocal()[:, None, :]
-        return torch.addcmul(centers, offsets, unit)
+            # the unit is the same for all queries: scaling the few weights saves a pass over all
+            layer = self.sampling_offsets
+            size = torch.as_tensor(spatial_shapes, device=query.device).flip(-1)  # (V, 2), (w, h)
+            unit = self._for_points(size.to(layer.weight.dtype).reciprocal())
+            unit = unit.expand(self.num_heads, -1).flatten()
+            offsets = F.linear(query, layer.weight * unit[:, None], layer.bias * unit)
+            locations = offsets.unflatten(-1, (self.num_heads, -1)) + centers
+        return locations.unflatten(-1, (self.num_levels, self.num_points, 2))
+
+    def _for_points(self, per_level: Tensor) -> Tensor:
+        """Repeat (..., V, 2) for a head's points: (..., 1, V * P * 2)."""
+        repeated = per_level.unsqueeze(-2).expand(*per_level.shape[:-1], self.num_points, 2)
+        return repeated.flatten(-3).unsqueeze(-2)
 
     def sampling_weights(self, query: Tensor) -> Tensor:
         """Attention weights (B, N, H, V, P) of queries (B, N, C)."""

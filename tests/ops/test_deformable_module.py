@@ -36,7 +36,7 @@ def test_initial_values(layer_cases) -> None:
             assert bool((parameter != 0).any()) == random, name
     bound = (6 / (2 * 32)) ** 0.5
     for weight in (layer.value_proj.weight, layer.output_proj.weight):
-        assert 0.9 * bound < float(weight.abs().max()) <= bound
+        assert 0.9 * bound < float(weight.detach().abs().max()) <= bound
     assert layer.dropout.p == 0.1
     assert not layer.batch_first
 
