@@ -6,12 +6,11 @@ import math
 
 import torch
 from detrex.layers import MLP, get_sine_pos_embed
-from detrex.utils import inverse_sigmoid
 from torch import Tensor, nn
 
 from .attention import ConditionalCrossAttention, ConditionalSelfAttention
 from .detector import Detector
-from .structures import AttentionMaps, DecoderOutput, Memory, Predictions, Queries
+from .structures import AttentionMaps, DecoderOutput, Memory, Queries, Targets
 from .transformer import feed_forward
 
 
@@ -133,7 +132,9 @@ class ConditionalDecoder(nn.Module):
             spatial = sine if index == 0 else sine * self.query_scale(content)
             content = layer(content, queries, spatial, memory, padding, attention)
             states.append(self.post_norm_layer(content))
-        return DecoderOutput(torch.stack(states), references[None], memory.branches, attention)
+        return DecoderOutput(
+            torch.stack(states), references[None], memory.branches, attention, queries.denoising
+        )
 
 
 class ConditionalDETR(Detector):
@@ -161,17 +162,7 @@ class ConditionalDETR(Detector):
         """The last backbone map, projected."""
         return [self.input_proj(features[self.in_features[-1]])]
 
-    def queries(self, memory: Memory) -> Queries:
+    def queries(self, memory: Memory, targets: Targets | None = None) -> Queries:
         """Learned positions with empty content."""
         position = self.query_embed.weight.expand(memory.tokens.shape[0], -1, -1)
         return Queries(content=torch.zeros_like(position), position=position)
-
-    def predict(self, output: DecoderOutput) -> Predictions:
-        """Class logits, and boxes as offsets from the reference points."""
-        with torch.autocast(output.states.device.type, enabled=False):
-            precision = self.class_embed.weight.dtype  # float32 also under mixed precision
-            states = output.states.to(precision)
-            offsets = self.bbox_embed(states)
-            center = offsets[..., :2] + inverse_sigmoid(output.references.to(precision))
-            boxes = torch.cat([center, offsets[..., 2:]], dim=-1).sigmoid()
-            return Predictions(self.class_embed(states), boxes, output.branches)

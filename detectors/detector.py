@@ -12,6 +12,8 @@ from detrex.layers import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .criterion import SetCriterion, average_num_boxes
+from .heads import apply_heads, decode_boxes, split_denoised
 from .structures import (
     STUDENT,
     AttentionMaps,
@@ -29,8 +31,9 @@ from .transformer import Transformer
 class Detector(nn.Module):
     """Images in; weighted losses (training) or instances (evaluation) out.
 
-    A subclass says how backbone features become maps of the transformer's width (:meth:`project`),
-    what the queries are (:meth:`queries`), and how decoder states become boxes (:meth:`predict`).
+    A subclass says how backbone features become maps of the transformer's width (:meth:`project`)
+    and what the queries are (:meth:`queries`), and owns the heads ``class_embed`` and
+    ``bbox_embed``: one for all decoder layers, or a list with one for each.
 
     Args:
         backbone: maps images (B, 3, H, W) to a dict of feature maps.
@@ -38,7 +41,7 @@ class Detector(nn.Module):
         position_embedding: maps padding masks (B, H, W) to encodings (B, C, H, W).
         transformer: holds ``encoder`` and ``decoder``.
         num_classes: K.
-        criterion: detrex's criterion; its ``weight_dict`` weighs the losses. A numbered name
+        criterion: matches and weighs; its ``weight_dict`` weighs the losses. A numbered name
             (``loss_class_0``) that it does not list has the weight of the plain one.
         aux_loss: supervise every decoder layer, not only the last.
         pixel_mean: per channel, in the data loader's channel order.
@@ -50,6 +53,8 @@ class Detector(nn.Module):
 
     pixel_mean: Tensor
     pixel_std: Tensor
+    class_embed: nn.Module
+    bbox_embed: nn.Module
 
     def __init__(
         self,
@@ -59,7 +64,7 @@ class Detector(nn.Module):
         position_embedding: nn.Module,
         transformer: Transformer,
         num_classes: int,
-        criterion: nn.Module,
+        criterion: SetCriterion,
         aux_loss: bool = True,
         pixel_mean: Sequence[float] = (123.675, 116.280, 103.530),
         pixel_std: Sequence[float] = (58.395, 57.120, 57.375),
@@ -99,7 +104,7 @@ class Detector(nn.Module):
         targets = self.prepare_targets(batched_inputs) if self.training else None
         features = self.extract(images)
         memory = self.encode(features, targets)
-        output = self.decode(memory, self.queries(memory))
+        output = self.decode(memory, self.queries(memory, targets))
         predictions = self.predict(output)
         if targets is not None:
             return self.losses(predictions, targets)
@@ -174,8 +179,8 @@ class Detector(nn.Module):
         """Run the encoder; ``targets`` reach encoders that learn from ground truth."""
         return self.transformer.encoder(features, targets)
 
-    def queries(self, memory: Memory) -> Queries:
-        """The queries that detect, for every row of the memory."""
+    def queries(self, memory: Memory, targets: Targets | None = None) -> Queries:
+        """The queries that detect, for every row of the memory; some learn from noised targets."""
         raise NotImplementedError
 
     def decode(
@@ -185,16 +190,39 @@ class Detector(nn.Module):
         return self.transformer.decoder(queries, memory, attention)
 
     def predict(self, output: DecoderOutput) -> Predictions:
-        """Apply the class and box heads to every decoder layer."""
-        raise NotImplementedError
+        """Apply the class and box heads to every decoder layer; boxes start from the references."""
+        with torch.autocast(output.states.device.type, enabled=False):
+            states = output.states.to(next(self.class_embed.parameters()).dtype)  # float32 in AMP
+            boxes = decode_boxes(apply_heads(self.bbox_embed, states), output.references)
+            logits = apply_heads(self.class_embed, states)
+        predictions = Predictions(logits, boxes, output.branches)
+        return split_denoised(predictions, output.denoising)
 
     def losses(self, predictions: Predictions, targets: Targets) -> dict[str, Tensor]:
-        """Weighted losses, named ``loss_<kind>[_<branch>][_<decoder layer>]``."""
+        """Weighted losses, named ``loss_<kind>[_dn | _enc][_<branch>][_<decoder layer>]``."""
+        num_boxes = average_num_boxes(targets, self.device)
+        groups = self._groups(predictions)
+        logits, boxes = self._stack(predictions, groups)
+        matches = self.criterion.match(logits, boxes, targets)
+        parts = {"": self.criterion.group_losses(logits, boxes, targets, matches, num_boxes)}
+        if predictions.denoised is not None and predictions.denoising is not None:
+            denoising = predictions.denoising
+            parts["_dn"] = self.criterion.group_losses(
+                *self._stack(predictions.denoised, groups),
+                targets,
+                denoising.matches.for_groups(len(groups)),
+                num_boxes * denoising.groups,
+            )
         losses = {}
-        for index, branch in enumerate(predictions.branches):
-            output = self._criterion_input(predictions.of_branch(index), branch)
-            for name, loss in self.criterion(output, targets).items():
-                losses[_branch_name(name, branch)] = loss * self._loss_weight(name)
+        last = predictions.logits.shape[0] - 1
+        for suffix, part in parts.items():
+            for kind, values in part.items():
+                for (branch, layer), value in zip(groups, values.unbind(), strict=True):
+                    name = kind + suffix + ("" if layer == last else f"_{layer}")
+                    weight = self._loss_weight(name)
+                    losses[_branch_name(name, predictions.branches[branch])] = value * weight
+        if predictions.proposals is not None:
+            losses |= self._proposal_losses(predictions.proposals, targets, num_boxes)
         return losses
 
     def inference(
@@ -235,15 +263,41 @@ class Detector(nn.Module):
             mask[row, :height, :width] = 0
         return mask
 
-    def _criterion_input(self, predictions: Predictions, branch: Branch) -> dict:
-        layers = [
-            {"pred_logits": logits, "pred_boxes": boxes}
-            for logits, boxes in zip(predictions.logits, predictions.boxes, strict=True)
+    def _proposal_losses(
+        self, proposals: Predictions, targets: Targets, num_boxes: float
+    ) -> dict[str, Tensor]:
+        """Losses of the encoder's detections, for which every target is of the first class."""
+        targets = [target | {"labels": torch.zeros_like(target["labels"])} for target in targets]
+        groups = [(index, 0) for index in range(len(proposals.branches))]
+        logits, boxes = self._stack(proposals, groups)
+        matches = self.criterion.match(logits, boxes, targets)
+        losses = {}
+        part = self.criterion.group_losses(logits, boxes, targets, matches, num_boxes)
+        for kind, values in part.items():
+            for branch, value in zip(proposals.branches, values.unbind(), strict=True):
+                name = f"{kind}_enc"
+                losses[_branch_name(name, branch)] = value * self._loss_weight(name)
+        return losses
+
+    def _groups(self, predictions: Predictions) -> list[tuple[int, int]]:
+        """(branch, layer) of all predictions that are supervised."""
+        layers = predictions.logits.shape[0]
+        return [
+            (index, layer)
+            for index, branch in enumerate(predictions.branches)
+            for layer in range(layers)
+            if layer == layers - 1 or (self.aux_loss and branch.aux_loss)
         ]
-        output: dict = layers[-1]
-        if self.aux_loss and branch.aux_loss:
-            output["aux_outputs"] = layers[:-1]
-        return output
+
+    @staticmethod
+    def _stack(predictions: Predictions, groups: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """Logits (G, B, N, K) and boxes (G, B, N, 4) of the groups."""
+        stacked = []
+        for tensor in (predictions.logits, predictions.boxes):
+            branches = tensor.unflatten(1, (len(predictions.branches), -1)).unbind(1)
+            parts = [branches[branch][layer] for branch, layer in groups]
+            stacked.append(torch.stack(parts))
+        return stacked[0], stacked[1]
 
     def _loss_weight(self, name: str) -> float:
         weights: dict[str, float] = self.criterion.weight_dict  # type: ignore[assignment]

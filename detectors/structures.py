@@ -117,18 +117,65 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Matches:
+    """M pairs of queries and targets in each of G groups of predictions.
+
+    Attributes:
+        images: (M,) the image of each pair.
+        queries: (G, M) within the image.
+        targets: (G, M) counted over all images.
+    """
+
+    images: Tensor
+    queries: Tensor
+    targets: Tensor
+
+    def select(self, predictions: Tensor) -> Tensor:
+        """The matched entries of predictions (G, B, N, ...): (G, M, ...)."""
+        return predictions[self.index]
+
+    def for_groups(self, count: int) -> Matches:
+        """The matches of one group as those of several."""
+        return Matches(self.images, self.queries.expand(count, -1), self.targets.expand(count, -1))
+
+    @property
+    def index(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What picks the matched entries out of (G, B, N, ...)."""
+        groups = torch.arange(self.queries.shape[0], device=self.queries.device)
+        return groups[:, None], self.images.expand_as(self.queries), self.queries
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """Queries made from noised targets, the first ones of every image (DN-DETR).
+
+    Attributes:
+        count: queries of an image, padding included; 0 in a batch without boxes.
+        groups: copies of every target.
+        matches: with one group of predictions; which query belongs to which target is known.
+    """
+
+    count: int
+    groups: int
+    matches: Matches
+
+
+@dataclass(frozen=True)
 class Queries:
     """Decoder input.
 
     Attributes:
         content: (R * B, N, C).
-        position: (R * B, N, C) learned position embedding.
+        position: (R * B, N, C) learned position embedding; or an anchor's logits (R * B, N, 2 or 4)
+            in detectors whose positions are computed from anchors.
         attention_mask: (N, N) for self-attention, True where attending is forbidden.
+        denoising: which of the queries are noised targets.
     """
 
     content: Tensor
     position: Tensor
     attention_mask: Tensor | None = None
+    denoising: Denoising | None = None
 
 
 @dataclass
@@ -150,15 +197,18 @@ class DecoderOutput:
 
     Attributes:
         states: (L, R * B, N, C).
-        references: (L or 1, R * B, N, 2 or 4) in [0, 1], as (x, y[, w, h]).
+        references: (L or 1, R * B, N, 2 or 4) in [0, 1], as (x, y[, w, h]); None if boxes start
+            from nothing.
         branches: the R branches, the student first.
         attention: attention maps if they were asked for.
+        denoising: which of the queries are noised targets.
     """
 
     states: Tensor
-    references: Tensor
+    references: Tensor | None
     branches: tuple[Branch, ...] = (STUDENT,)
     attention: AttentionMaps | None = None
+    denoising: Denoising | None = None
 
 
 @dataclass(frozen=True)
@@ -169,11 +219,17 @@ class Predictions:
         logits: (L, R * B, N, K).
         boxes: (L, R * B, N, 4) cxcywh in [0, 1] of the unpadded image.
         branches: the R branches, the student first.
+        denoised: what became of the noised targets, with D queries instead of N.
+        denoising: which target each of them belongs to.
+        proposals: the encoder's own detections (1, R * B, S, ...) in two-stage detectors.
     """
 
     logits: Tensor
     boxes: Tensor
     branches: tuple[Branch, ...] = (STUDENT,)
+    denoised: Predictions | None = None
+    denoising: Denoising | None = None
+    proposals: Predictions | None = None
 
     def of_branch(self, index: int) -> Predictions:
         """The predictions of one branch: logits (L, B, N, K), boxes (L, B, N, 4)."""

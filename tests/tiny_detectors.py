@@ -7,11 +7,12 @@ import numpy as np
 import torch
 from detectron2.structures import Boxes, Instances
 from detrex.layers import PositionEmbeddingSine
-from detrex.modeling import HungarianMatcher, SetCriterion
+from detrex.modeling import HungarianMatcher
 from torch import nn
 
 from detectors.attention import SelfAttention
 from detectors.conditional_detr import ConditionalDecoder, ConditionalDETR
+from detectors.criterion import SetCriterion
 from detectors.transformer import Encoder, EncoderLayer, Transformer
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,11 +1,8 @@
 """Conditional-DETR against the vectors recorded from detrex."""
 
-import json
-
-import numpy as np
 import pytest
 import torch
-from detectron2.config import LazyConfig, instantiate
+from recorded_detectors import RecordedDetector, check_full_size
 from tiny_detectors import (
     ROOT,
     SETTINGS,
@@ -13,7 +10,6 @@ from tiny_detectors import (
     build_conditional,
     instances,
     pattern_image,
-    recipe_weights,
 )
 
 from detectors.structures import AttentionMaps
@@ -21,145 +17,39 @@ from detectors.structures import AttentionMaps
 
 @pytest.fixture(scope="module", params=["conditional_detr", "conditional_detr_d256"])
 def recorded(request):
-    folder = ROOT / "tests" / "data" / "detrex"
     if request.param == "conditional_detr":  # larger, with weights, memory and training steps
         folder = request.getfixturevalue("reference_dir") / "detrex" / "detectors"
-    record = json.loads((folder / f"{request.param}.json").read_text())
-    arrays = np.load(folder / f"{request.param}.npz")
-    return record, {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+    else:
+        folder = ROOT / "tests" / "data" / "detrex"
+    return RecordedDetector(folder, request.param)
 
 
 @pytest.fixture
 def detector(recorded):
-    record, arrays = recorded
-    weights = recipe_weights(record["weights"]["parameters"], record["weights"]["seed"])
-    if record["weights"]["stored"]:
-        stored = {k[len("param/") :]: v for k, v in arrays.items() if k.startswith("param/")}
-        assert all(torch.equal(weights[key], value) for key, value in stored.items())
-    model = build_conditional(
-        record["settings"], {"res5": arrays["feat/res5"]}, mask_padding_at_inference=False
+    return recorded.load(
+        build_conditional(recorded.settings, recorded.features, mask_padding_at_inference=False)
     )
-    model.load_state_dict(weights, strict=True)
-    return model
-
-
-def inputs_of(record, case=None):
-    items = []
-    sizes = zip(
-        record["inputs"]["image_sizes_hw"], record["inputs"]["output_sizes_hw"], strict=True
-    )
-    for index, (size, output) in enumerate(sizes):
-        item = {"image": pattern_image(index, *size)}
-        if output is not None:
-            item["height"], item["width"] = output
-        if case is not None:
-            gt = record["train"][case]["gt"][index]
-            item["instances"] = instances(size, gt["boxes_xyxy_abs"], gt["classes"])
-        items.append(item)
-    return items
 
 
 def test_preprocess(recorded, detector):
-    record, _ = recorded
-    if "preprocess" not in record:
-        pytest.skip("not recorded for this size")
-    images = detector.preprocess(inputs_of(record))
-    expected = record["preprocess"]
-    assert list(images.tensor.shape) == expected["batched_shape"]
-    sums = images.tensor.double().sum((2, 3))
-    torch.testing.assert_close(
-        sums, torch.tensor(expected["sum_per_image_channel"]).double(), rtol=1e-4, atol=1e-2
-    )
-    for index, value in expected["pixels"].items():
-        assert images.tensor[tuple(map(int, index.split(",")))].item() == pytest.approx(value)
+    recorded.check_preprocess(detector)
 
 
 def test_inference(recorded, detector):
-    record, arrays = recorded
-    detector.eval()
-    inputs = inputs_of(record)
-    with torch.no_grad():
-        memory = detector.encode(detector.extract(detector.preprocess(inputs)))
-        predictions = detector.predict(detector.decode(memory, detector.queries(memory)))
-        results = detector(inputs)
-    close = {"rtol": 1e-4, "atol": 1e-4}
-    if "eval/memory" in arrays:
-        torch.testing.assert_close(memory.tokens.transpose(0, 1), arrays["eval/memory"], **close)
-    torch.testing.assert_close(predictions.logits, arrays["eval/pred_logits"], **close)
-    torch.testing.assert_close(predictions.boxes, arrays["eval/pred_boxes"], rtol=0, atol=2e-5)
-    for index, result in enumerate(results):
-        found = result["instances"]
-        assert list(found.image_size) == record["eval_result_sizes_hw"][index]
-        expected = {
-            key: arrays[f"eval/result{index}/{key}"] for key in ("boxes", "scores", "classes")
-        }
-        torch.testing.assert_close(found.pred_boxes.tensor, expected["boxes"], rtol=2e-5, atol=5e-3)
-        torch.testing.assert_close(found.scores, expected["scores"], rtol=0, atol=2e-5)
-        assert torch.equal(found.pred_classes, expected["classes"])
+    recorded.check_inference(detector)
 
 
 @pytest.mark.parametrize("case", ["A", "B", "C"])
 def test_training(case, recorded, detector):
-    record, arrays = recorded
-    expected = record["train"][case]
-    losses = detector.train()(inputs_of(record, case))
-    assert losses.keys() == expected["losses"].keys()
-    for name, value in expected["losses"].items():
-        assert losses[name].item() == pytest.approx(value, rel=1e-4, abs=1e-6), name
-    sum(losses.values()).backward()
-    norms = expected.get("grad_norms", {})
-    for name, parameter in detector.named_parameters():
-        if norms.get(name) is not None:
-            found = parameter.grad.norm().item()
-            assert found == pytest.approx(norms[name], rel=2e-3, abs=1e-4), name
-        stored = arrays.get(f"train{case}/grad/{name}")
-        if stored is not None:
-            torch.testing.assert_close(parameter.grad, stored, rtol=2e-3, atol=1e-3)
+    recorded.check_training(detector, case)
 
 
 def test_training_steps(recorded, detector):
-    """Three AdamW steps follow the recorded losses, so gradients are right everywhere."""
-    record, _ = recorded
-    if "adamw_3_steps_case_B" not in record:
-        pytest.skip("not recorded for this size")
-    expected = record["adamw_3_steps_case_B"]["total_loss_before_each_step_and_after_last"]
-    norms = {
-        id(p)
-        for m in detector.modules()
-        if isinstance(m, torch.nn.LayerNorm)
-        for p in m.parameters()
-    }
-    groups = [
-        {"params": [p for p in detector.parameters() if id(p) not in norms]},
-        {"params": [p for p in detector.parameters() if id(p) in norms], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, weight_decay=1e-2)
-    detector.train()
-    inputs, totals = inputs_of(record, "B"), []
-    for _ in range(4):
-        total = sum(detector(inputs).values())
-        totals.append(total.item())
-        optimizer.zero_grad()
-        total.backward()
-        torch.nn.utils.clip_grad_norm_(detector.parameters(), 0.1)
-        optimizer.step()
-    assert totals[:3] == pytest.approx(expected[:3], rel=1e-3)
-    assert totals[3] == pytest.approx(expected[3], rel=2e-2)
+    recorded.check_training_steps(detector)
 
 
 def test_full_size_keys(reference_dir):
-    config = LazyConfig.load(str(ROOT / "projects/baselines/configs/conditional_detr_r50_50ep.py"))
-    model = instantiate(config.model)
-    record = reference_dir / "detrex/checkpoint_keys/conditional_detr_r50_50ep.json"
-    expected = json.loads(record.read_text())
-    state = model.state_dict()
-    assert {key: list(value.shape) for key, value in state.items()} == {
-        key: shape for key, (_, shape) in expected["keys"].items()
-    }
-    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
-    assert frozen == expected["frozen_parameters"]
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert trainable == expected["trainable_parameters"]
+    check_full_size(reference_dir, "conditional_detr_r50_50ep")
 
 
 def tiny_detector(**options):

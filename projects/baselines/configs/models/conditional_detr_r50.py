@@ -1,10 +1,11 @@
 from detectron2.config import LazyCall as L
 from detectron2.modeling.backbone import BasicStem, ResNet
 from detrex.layers import PositionEmbeddingSine
-from detrex.modeling import HungarianMatcher, SetCriterion
+from detrex.modeling import HungarianMatcher
 
 from detectors.attention import SelfAttention
 from detectors.conditional_detr import ConditionalDecoder, ConditionalDETR
+from detectors.criterion import SetCriterion
 from detectors.transformer import Encoder, EncoderLayer, Transformer
 
 model = L(ConditionalDETR)(

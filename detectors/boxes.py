@@ -1,0 +1,29 @@
+"""Boxes whose leading axes broadcast, without the synchronisations that checks cost on CUDA."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+EPSILON = 1e-6  # keeps boxes without area from dividing by zero, as in detrex
+
+
+def generalized_iou(boxes: Tensor, others: Tensor) -> Tensor:
+    """Generalised IoU (Rezatofighi et al., CVPR 2019) of boxes (..., 4) in corners: (...)."""
+    overlap = _area(
+        torch.maximum(boxes[..., :2], others[..., :2]),
+        torch.minimum(boxes[..., 2:], others[..., 2:]),
+    )
+    hull = _area(
+        torch.minimum(boxes[..., :2], others[..., :2]),
+        torch.maximum(boxes[..., 2:], others[..., 2:]),
+    )
+    union = (
+        _area(boxes[..., :2], boxes[..., 2:]) + _area(others[..., :2], others[..., 2:]) - overlap
+    )
+    return overlap / (union + EPSILON) - (hull - union) / (hull + EPSILON)
+
+
+def _area(low: Tensor, high: Tensor) -> Tensor:
+    sides = (high - low).clamp(min=0)
+    return sides[..., 0] * sides[..., 1]
