@@ -13,8 +13,8 @@ from setuptools import Extension, setup
 ROOT = Path(__file__).resolve().parent
 # OpenMP is what torch's parallel loops are made of. Vector types never cross a call, so that what
 # GCC says about their calling convention (-Wpsabi) does not apply.
-COMPILE_FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-Wall", "-Wno-psabi"]
-COMPILE_FLAGS += ["-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]  # of GCC 12's own headers
+COMPILE_FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"]
+COMPILE_FLAGS += ["-Wno-unknown-warning-option", "-Wno-maybe-uninitialized"]  # GCC 12's headers
 
 
 def warn(reason: str) -> None:

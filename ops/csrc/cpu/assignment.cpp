@@ -103,7 +103,8 @@ void solve_all(const Batch& batch, const at::Tensor& costs, at::Tensor& packed) 
   const T* from = costs.const_data_ptr<T>();
   int64_t* rows = packed.mutable_data_ptr<int64_t>();
   int64_t* columns = rows + batch.layers * batch.all_matches;
-  const auto [smaller, larger] = std::minmax(batch.queries, batch.largest);
+  const int64_t smaller = std::min(batch.queries, batch.largest);
+  const int64_t larger = std::max(batch.queries, batch.largest);
   // with fewer costs it takes longer to wake the other threads than to solve them here
   const int64_t workers =
       costs.numel() <= 16384 ? 1 : std::min<int64_t>(at::get_num_threads(), batch.problems());
