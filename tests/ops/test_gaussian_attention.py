@@ -237,6 +237,19 @@ def test_steep_gaussians_keep_their_precision(compiled: str, dtype: torch.dtype)
     assert all(part.isfinite().all() for part in found)
 
 
+def test_gradients_of_far_centers_do_not_cancel(compiled: str) -> None:
+    arguments = example(shape=(9, 12), queries=20, strength=0.05)
+    arguments["centers"] = arguments["centers"] + 300.0 * (torch.arange(20) % 3)[:, None]
+    single = {
+        name: item.float() if isinstance(item, Tensor) and item.is_floating_point() else item
+        for name, item in arguments.items()
+    }
+    wanted = with_gradients(dense, in_double(single))
+    for ours, exact in zip(with_gradients(ops.gaussian_attention, single), wanted, strict=True):
+        bound = 1e-4 * float(exact.detach().abs().max())
+        torch.testing.assert_close(ours.double(), exact, atol=bound, rtol=1e-3)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("low_places", [False, True])
 def test_low_precision_rounds_only_inputs_and_outputs(

@@ -110,6 +110,7 @@ struct Dropout {
 template <typename A>
 struct KeyBlock {
   int64_t first, count, channels, value_channels;  // channels as padded
+  A last_x, last_y;                                // of the map
   std::vector<A> key, key_columns, value, value_columns, x, y, allowed;
 
   KeyBlock(int64_t channels, int64_t value_channels)
@@ -129,6 +130,8 @@ struct KeyBlock {
                   int64_t first_key, bool value_transposed) {
     first = first_key;
     count = std::min(key_block, shape.keys - first);
+    last_x = static_cast<A>(shape.width - 1);
+    last_y = static_cast<A>(shape.keys / shape.width - 1);
     pack(keys + first * shape.channels, count, shape.channels, A(1), key.data(), key_block,
          channels);
     pack(values + first * shape.value_channels, count, shape.value_channels, A(1), value.data(),
@@ -146,22 +149,32 @@ struct KeyBlock {
   }
 };
 
-// The Gaussian of one query: logits from products of query and key.
+// The Gaussian of one query. Distances count from the map's cell nearest to its centre: what that
+// cell's own distance adds to all logits drops out of the softmax, but would cost them digits.
 template <typename A>
 struct Gaussian {
-  A center_x, center_y, precision_x, precision_y;
+  A near_x, near_y, shift_x, shift_y, precision_x, precision_y;  // centre = near + shift
 
-  Gaussian(const A* centers, const A* precision)
-      : center_x(centers[0]),
-        center_y(centers[1]),
+  Gaussian(const A* center, const A* precision, const KeyBlock<A>& keys)
+      : near_x(nearest(center[0], keys.last_x)),
+        near_y(nearest(center[1], keys.last_y)),
+        shift_x(center[0] - near_x),
+        shift_y(center[1] - near_y),
         precision_x(precision[0]),
         precision_y(precision[1]) {}
 
+  // Logits from products of query and key.
   DETR_METHODS_INLINE Vector<A> logits(const A* products, const KeyBlock<A>& keys,
                                        int64_t i) const {
-    const Vector<A> dx = load(&keys.x[i]) - center_x, dy = load(&keys.y[i]) - center_y;
-    const Vector<A> distance = dx * dx * precision_x + dy * dy * precision_y;
+    const Vector<A> dx = load(&keys.x[i]) - near_x, dy = load(&keys.y[i]) - near_y;
+    const Vector<A> distance =
+        dx * (dx - 2 * shift_x) * precision_x + dy * (dy - 2 * shift_y) * precision_y;
     return load(products + i) - distance + load(&keys.allowed[i]);
+  }
+
+ private:
+  static A nearest(A center, A last) {
+    return std::min(std::max(std::nearbyint(center), A(0)), last);
   }
 };
 
@@ -240,7 +253,7 @@ void gaussian_forward(const GaussianShape& shape, const GaussianForward<T, A>& t
                         key_block, products.data(), key_block, tiles, key_block, shape.channels);
         for (int64_t i = 0; i < here; ++i) {
           const Gaussian<A> gaussian(tensors.centers + (row + q + i) * 2,
-                                     tensors.precision + (row + q + i) * 2);
+                                     tensors.precision + (row + q + i) * 2, keys);
           softmax[q + i].add(products.data() + i * key_block, keys, gaussian, dropout,
                              DropoutRow(dropout.seed, row + q + i),
                              output.data() + (q + i) * value_channels);
@@ -299,6 +312,7 @@ DETR_METHODS_INLINE void differentiate_row(A* weights, A* grad_logits, const Key
                                            const Gaussian<A>& gaussian, A logsumexp, A delta,
                                            const Dropout<A>& dropout, const DropoutRow& row,
                                            A* grad_center, A* grad_precision) {
+  // moments about the nearest cell: exact, as a row's logit gradients add up to zero
   Vector<A> first_x = {}, first_y = {}, second_x = {}, second_y = {};
   for (int64_t i = 0; i < key_block; i += lanes<A>) {
     const Vector<A> weight = exponential<A>(gaussian.logits(weights, keys, i) - logsumexp);
@@ -311,17 +325,18 @@ DETR_METHODS_INLINE void differentiate_row(A* weights, A* grad_logits, const Key
     grad = weight * (grad - delta);
     store(weights + i, kept);
     store(grad_logits + i, grad);
-    const Vector<A> dx = load(&keys.x[i]) - gaussian.center_x;
-    const Vector<A> dy = load(&keys.y[i]) - gaussian.center_y;
+    const Vector<A> dx = load(&keys.x[i]) - gaussian.near_x;
+    const Vector<A> dy = load(&keys.y[i]) - gaussian.near_y;
     first_x += grad * dx;
     first_y += grad * dy;
     second_x += grad * dx * dx;
     second_y += grad * dy * dy;
   }
-  grad_center[0] += 2 * gaussian.precision_x * sum<A>(first_x);
-  grad_center[1] += 2 * gaussian.precision_y * sum<A>(first_y);
-  grad_precision[0] -= sum<A>(second_x);
-  grad_precision[1] -= sum<A>(second_y);
+  const A moment_x = 2 * sum<A>(first_x), moment_y = 2 * sum<A>(first_y);
+  grad_center[0] += gaussian.precision_x * moment_x;
+  grad_center[1] += gaussian.precision_y * moment_y;
+  grad_precision[0] += gaussian.shift_x * moment_x - sum<A>(second_x);
+  grad_precision[1] += gaussian.shift_y * moment_y - sum<A>(second_y);
 }
 
 template <typename T, typename A>
@@ -355,7 +370,7 @@ void gaussian_backward(const GaussianShape& shape, const GaussianBackward<T, A>&
                         shape.value_channels);
         for (int64_t i = 0; i < here; ++i) {
           const int64_t at = row + q + i;
-          const Gaussian<A> gaussian(tensors.centers + at * 2, tensors.precision + at * 2);
+          const Gaussian<A> gaussian(tensors.centers + at * 2, tensors.precision + at * 2, keys);
           differentiate_row(weights.data() + i * key_block, grad_logits.data() + i * key_block,
                             keys, gaussian, tensors.logsumexp[at], queries.delta[q + i], dropout,
                             DropoutRow(dropout.seed, at), queries.grad_center.data() + (q + i) * 2,

@@ -19,7 +19,7 @@ Loader = Callable[[str], ModuleType]
 
 
 @pytest.fixture
-def interpreted() -> Iterator[Loader]:
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Loader]:
     """Give what loads ``ops/triton_kernels/<name>.py`` with kernels that take CPU tensors.
 
     Triton decides when a function is decorated whether it is compiled or interpreted. Its own
@@ -28,6 +28,7 @@ def interpreted() -> Iterator[Loader]:
     language = triton_module("triton.language")
     interpreter = triton_module("triton.runtime.interpreter")
     jit = triton_module("triton.runtime.jit")
+    mend(interpreter, language, monkeypatch)
     with contextlib.suppress(ImportError):
         # The interpreter would import it at its first launch, while the language is patched.
         importlib.import_module("triton.experimental.gluon")
@@ -38,6 +39,31 @@ def interpreted() -> Iterator[Loader]:
             if isinstance(function, jit.JITFunction):
                 setattr(language, name, interpreter.InterpretedFunction(function.fn))
         yield lambda name: load(name, interpret=True)
+
+
+def mend(interpreter: Any, language: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work around two faults of the interpreter.
+
+    It keeps a number in an array with one axis, which numpy 2.4 no longer takes for the end of a
+    range, and multiplies bfloat16 matrices as if they held integers.
+    """
+    convert, dot = interpreter._implicit_cvt, interpreter.InterpreterBuilder.create_dot
+
+    def convert_to_scalar(argument: Any) -> Any:
+        converted = convert(argument)
+        if isinstance(argument, int):
+            converted.handle.data = converted.handle.data.reshape(())
+        return converted
+
+    def dot_in_float32(self: Any, *matrices: Any) -> Any:
+        wide = [
+            self.create_fp_ext(x, language.float32) if x.dtype.scalar == language.bfloat16 else x
+            for x in matrices[:2]
+        ]
+        return dot(self, *wide, *matrices[2:])
+
+    monkeypatch.setattr(interpreter, "_implicit_cvt", convert_to_scalar)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot_in_float32)
 
 
 @contextlib.contextmanager

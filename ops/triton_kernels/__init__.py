@@ -1,0 +1,1 @@
+"""The operators' CUDA kernels, written in Triton: one file per operator."""
