@@ -261,8 +261,8 @@ def _forward_kernel(
     start = image * tokens
     for level in tl.static_range(V):
         height, width = _size_of(sizes, level)
-        # Unrolled, so that many points' loads are under way where there are few queries.
-        for point in tl.static_range(P):
+        # Unrolled, so that several points' loads are under way where there are few queries.
+        for point in tl.range(P, loop_unroll_factor=P if P < 4 else 4):
             sample = (row * V + level) * P + point
             weight, place = _locate(locations, weights, sample, exists, height, width, FLOAT)
             offset = _offset(place, start, head, heads, width, D)

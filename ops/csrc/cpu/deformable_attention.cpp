@@ -6,6 +6,7 @@
 
 #include <torch/library.h>
 
+#include <algorithm>
 #include <limits>
 #include <tuple>
 
@@ -41,13 +42,19 @@ DeformableShape checked_shape(const at::Tensor& value, at::IntArrayRef spatial_s
   return shape;
 }
 
+// How many pieces of work a thread takes at least: waking it costs as much as this many products.
+int64_t grain(int64_t products) {
+  return std::max<int64_t>(1, 250000 / std::max<int64_t>(1, products));
+}
+
 template <typename T, typename C>
 void forward(const DeformableShape& shape, const at::Tensor& value, const at::Tensor& locations,
              const at::Tensor& weights, at::Tensor& output) {
   const DeformableForward<T, C> tensors{value.const_data_ptr<T>(), locations.const_data_ptr<C>(),
                                         weights.const_data_ptr<C>(), output.mutable_data_ptr<T>()};
   const int64_t rows = shape.images * shape.heads * shape.queries;
-  at::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
+  const int64_t products = shape.levels * shape.points * 4 * shape.channels;
+  at::parallel_for(0, rows, grain(products), [&](int64_t begin, int64_t end) {
     DETR_METHODS_DISPATCH(deformable_forward<T, C>(shape, tensors, begin, end))
   });
 }
@@ -64,7 +71,9 @@ void backward(const DeformableShape& shape, const at::Tensor& grad_output, const
   const int64_t pairs = shape.images * shape.heads;
   // levels apart only where that feeds more threads: each group walks over all queries
   const int64_t groups = pairs >= 2 * at::get_num_threads() ? 1 : shape.levels;
-  at::parallel_for(0, pairs * groups, 1, [&](int64_t begin, int64_t end) {
+  const int64_t products =
+      shape.queries * shape.levels * shape.points * 8 * shape.channels / groups;
+  at::parallel_for(0, pairs * groups, grain(products), [&](int64_t begin, int64_t end) {
     DETR_METHODS_DISPATCH(deformable_backward<T, C>(shape, tensors, groups, begin, end))
   });
 }

@@ -80,6 +80,16 @@ const bool* padding_of(const Inputs& in) {
   return in.padding.defined() ? in.padding.const_data_ptr<bool>() : nullptr;
 }
 
+// Products of one query with all keys and values.
+int64_t pair_products(const GaussianShape& shape) {
+  return shape.keys * (shape.channels + shape.value_channels);
+}
+
+// How many units a thread takes at least: waking it costs as much as this many products.
+int64_t grain(int64_t products) {
+  return std::max<int64_t>(1, 1000000 / std::max<int64_t>(1, products));
+}
+
 std::tuple<at::Tensor, at::Tensor> attention(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, int64_t width,
     const at::Tensor& centers, const at::Tensor& precision, const OptionalTensor& padding,
@@ -105,7 +115,7 @@ std::tuple<at::Tensor, at::Tensor> attention(
             in.value.const_data_ptr<scalar_t>(),     in.centers.const_data_ptr<A>(),
             in.precision.const_data_ptr<A>(),        padding_of(in),
             output.mutable_data_ptr<scalar_t>(),     logsumexp.mutable_data_ptr<A>()};
-        at::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
+        at::parallel_for(0, units, grain(chunk * pair_products(shape)), [&](int64_t begin, int64_t end) {
           DETR_METHODS_DISPATCH(gaussian_forward<scalar_t, A>(shape, tensors, chunk, begin, end))
         });
       });
@@ -152,7 +162,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention
             padding_of(in),                            grad_query.mutable_data_ptr<scalar_t>(),
             grad_key.mutable_data_ptr<scalar_t>(),     grad_value.mutable_data_ptr<scalar_t>(),
             grad_centers.mutable_data_ptr<A>(),        grad_precision.mutable_data_ptr<A>()};
-        at::parallel_for(0, shape.images * shape.heads, 1, [&](int64_t begin, int64_t end) {
+        const int64_t products = 3 * shape.queries * pair_products(shape);
+        at::parallel_for(0, shape.images * shape.heads, grain(products), [&](int64_t begin, int64_t end) {
           DETR_METHODS_DISPATCH(gaussian_backward<scalar_t, A>(shape, tensors, begin, end))
         });
       });
