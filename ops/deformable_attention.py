@@ -148,10 +148,15 @@ def _pairs(spatial_shapes: Sizes) -> tuple[tuple[int, int], ...]:
         raise ValueError(
             f"spatial_shapes is {spatial_shapes!r}, expected a sequence of pairs (h, w)"
         ) from None
-    for size in chain.from_iterable(pairs):
-        if not isinstance(size, int | torch.SymInt):
-            raise TypeError(f"spatial_shapes holds {size!r}, expected integers")
-    return pairs
+    return tuple((_size(height), _size(width)) for height, width in pairs)
+
+
+def _size(size: object) -> int:
+    if isinstance(size, Tensor) and size.dim() == 0 and not size.is_floating_point():
+        return int(size)  # torch.jit.trace makes tensors of sizes
+    if not isinstance(size, int | torch.SymInt):
+        raise TypeError(f"spatial_shapes holds {size!r}, expected integers")
+    return size  # type: ignore[return-value]
 
 
 def _flat(pairs: Sequence[Sequence[int]]) -> list[int]:

@@ -39,6 +39,15 @@ def deformable():
     )
 
 
+def deformable_on_a_traced_map():
+    """Level sizes that tracing has made tensors of."""
+    level = torch.rand(1, 1, 3, 4).flatten(0, 1)
+    value = level.flatten(1).view(1, -1, 1, 1).expand(-1, -1, -1, 5)
+    return ops.multi_scale_deformable_attention(
+        value, [level.shape[-2:]], torch.rand(1, 7, 1, 1, 4, 2), torch.rand(1, 7, 1, 1, 4)
+    )
+
+
 def gaussian():
     places = torch.rand(2, 3, 7, 2)
     key, value = torch.rand(2, 3, 12, 6), torch.rand(2, 3, 12, 8)
@@ -57,6 +66,7 @@ def gaussian():
         ),
         (gaussian, 2 * 3 * 7 * 12 * (6 + 8 + 5)),
         (deformable, 2 * 7 * 3 * 4 * 4 * 5),
+        (deformable_on_a_traced_map, 7 * 4 * 4 * 5),
     ],
 )
 def test_multiply_adds_are_those_counted_by_hand(call, expected: int) -> None:
