@@ -8,5 +8,14 @@ from detectron2.modeling.backbone.resnet import (
     ResNetBlockBase,
     make_stage,
 )
+from detectron2.modeling.backbone.swin import SwinTransformer
 
-__all__ = ["Backbone", "BasicStem", "BottleneckBlock", "ResNet", "ResNetBlockBase", "make_stage"]
+__all__ = [
+    "Backbone",
+    "BasicStem",
+    "BottleneckBlock",
+    "ResNet",
+    "ResNetBlockBase",
+    "SwinTransformer",
+    "make_stage",
+]
