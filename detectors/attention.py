@@ -20,6 +20,7 @@ def attend(
     allowed: Tensor | None = None,
     dropout_p: float = 0.0,
     maps: list[Tensor] | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Scaled dot-product attention.
 
@@ -30,15 +31,22 @@ def attend(
         allowed: bool, broadcastable to (B, H, N, S), True where attending is allowed.
         dropout_p: dropout on the attention weights.
         maps: receives the attention weights (B, H, N, S), taken before dropout.
+        bias: added to the logits, broadcastable to (B, H, N, S).
 
     Returns:
         (B, H, N, Dv).
     """
     if maps is None:
+        mask = allowed
+        if bias is not None:
+            mask = bias if allowed is None else bias.masked_fill(~allowed, float("-inf"))
+            mask = mask.to(query.dtype)
         return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=allowed, dropout_p=dropout_p
+            query, key, value, attn_mask=mask, dropout_p=dropout_p
         )
     logits = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
+    if bias is not None:
+        logits = logits + bias
     if allowed is not None:
         logits = logits.masked_fill(~allowed, float("-inf"))
     weights = logits.softmax(-1)
@@ -73,14 +81,8 @@ class PackedProjection(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
 
-class SelfAttention(nn.Module):
-    """Self-attention of an encoder layer; positions enter queries and keys, not values.
-
-    Args:
-        embed_dim: C.
-        num_heads: H, a divisor of C.
-        dropout: on the attention weights.
-    """
+class _PackedAttention(nn.Module):
+    """What standard self- and cross-attention have in common."""
 
     def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0):
         super().__init__()
@@ -90,9 +92,14 @@ class SelfAttention(nn.Module):
         self.dropout = dropout
         self.attn = PackedProjection(embed_dim)
 
-    def branches(self, context: EncoderContext) -> tuple[Branch, ...]:
-        """The branches that :meth:`forward` returns, stacked along the batch axis."""
-        return (STUDENT,)
+    @property
+    def active_dropout(self) -> float:
+        """The dropout probability of the current mode."""
+        return self.dropout if self.training else 0.0
+
+
+class _PackedSelfAttention(_PackedAttention):
+    """Standard self-attention; positions enter queries and keys, not values."""
 
     def project(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, H, S, C / H) of tokens (B, S, C)."""
@@ -104,6 +111,20 @@ class SelfAttention(nn.Module):
         heads = self.num_heads
         return split_heads(query, heads), split_heads(key, heads), split_heads(value, heads)
 
+
+class SelfAttention(_PackedSelfAttention):
+    """Self-attention of an encoder layer; positions enter queries and keys, not values.
+
+    Args:
+        embed_dim: C.
+        num_heads: H, a divisor of C.
+        dropout: on the attention weights.
+    """
+
+    def branches(self, context: EncoderContext) -> tuple[Branch, ...]:
+        """The branches that :meth:`forward` returns, stacked along the batch axis."""
+        return (STUDENT,)
+
     def forward(self, tokens: Tensor, context: EncoderContext) -> Tensor:
         """Tokens (B, S, C) plus their attention output (B, S, C)."""
         query, key, value = self.project(tokens, context.positions)
@@ -112,10 +133,87 @@ class SelfAttention(nn.Module):
         )
         return tokens + self.attn.out_proj(merge_heads(attended))
 
-    @property
-    def active_dropout(self) -> float:
-        """The dropout probability of the current mode."""
-        return self.dropout if self.training else 0.0
+
+class QuerySelfAttention(_PackedSelfAttention):
+    """Self-attention of a decoder layer; positions enter queries and keys, not values.
+
+    Args:
+        embed_dim: C.
+        num_heads: H, a divisor of C.
+        dropout: on the attention weights.
+    """
+
+    def forward(
+        self,
+        content: Tensor,
+        position: Tensor,
+        attention_mask: Tensor | None = None,
+        maps: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Attend among queries.
+
+        Args:
+            content: (B, N, C).
+            position: (B, N, C).
+            attention_mask: (N, N), True where attending is forbidden.
+            maps: receives the attention weights (B, H, N, N).
+
+        Returns:
+            Content plus attention output, (B, N, C).
+        """
+        allowed = None if attention_mask is None else ~attention_mask
+        query_key_value = self.project(content, position)
+        attended = attend(*query_key_value, allowed, self.active_dropout, maps)
+        return content + self.attn.out_proj(merge_heads(attended))
+
+
+class QueryCrossAttention(_PackedAttention):
+    """Cross-attention of a decoder layer; positions enter queries and keys, not values.
+
+    Args:
+        embed_dim: C.
+        num_heads: H, a divisor of C.
+        dropout: on the attention weights.
+    """
+
+    def project(
+        self, content: Tensor, position: Tensor, memory: Tensor, memory_position: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, H, N, C / H), keys and values (B, H, S, C / H)."""
+        inputs = (content + position, memory + memory_position, memory)
+        rows, biases = self.attn.in_proj_weight.chunk(3), self.attn.in_proj_bias.chunk(3)
+        query, key, value = (
+            split_heads(F.linear(tokens, row, bias), self.num_heads)
+            for tokens, row, bias in zip(inputs, rows, biases, strict=True)
+        )
+        return query, key, value
+
+    def forward(
+        self,
+        content: Tensor,
+        position: Tensor,
+        memory: Tensor,
+        memory_position: Tensor,
+        padding_mask: Tensor | None = None,
+        maps: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Attend from queries to memory.
+
+        Args:
+            content: (B, N, C).
+            position: (B, N, C).
+            memory: (B, S, C).
+            memory_position: (B, S, C).
+            padding_mask: (B, S), True on padding.
+            maps: receives the attention weights (B, H, N, S).
+
+        Returns:
+            Content plus attention output, (B, N, C).
+        """
+        query_key_value = self.project(content, position, memory, memory_position)
+        allowed = allow_unpadded(padding_mask)
+        attended = attend(*query_key_value, allowed, self.active_dropout, maps)
+        return content + self.attn.out_proj(merge_heads(attended))
 
 
 class _ConditionalAttention(nn.Module):

@@ -8,8 +8,14 @@ from torch import Tensor
 EPSILON = 1e-6  # keeps boxes without area from dividing by zero, as in detrex
 
 
-def generalized_iou(boxes: Tensor, others: Tensor) -> Tensor:
-    """Generalised IoU (Rezatofighi et al., CVPR 2019) of boxes (..., 4) in corners: (...)."""
+def generalized_iou(boxes: Tensor, others: Tensor, epsilon: float = EPSILON) -> Tensor:
+    """Generalised IoU (Rezatofighi et al., CVPR 2019) of boxes (..., 4) in corners: (...).
+
+    Args:
+        boxes: (..., 4).
+        others: (..., 4).
+        epsilon: added to what is divided by.
+    """
     overlap = _area(
         torch.maximum(boxes[..., :2], others[..., :2]),
         torch.minimum(boxes[..., 2:], others[..., 2:]),
@@ -21,7 +27,7 @@ def generalized_iou(boxes: Tensor, others: Tensor) -> Tensor:
     union = (
         _area(boxes[..., :2], boxes[..., 2:]) + _area(others[..., :2], others[..., 2:]) - overlap
     )
-    return overlap / (union + EPSILON) - (hull - union) / (hull + EPSILON)
+    return overlap / (union + epsilon) - (hull - union) / (hull + epsilon)
 
 
 def _area(low: Tensor, high: Tensor) -> Tensor:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from detrex.layers import MLP, get_sine_pos_embed
 from torch import Tensor, nn
 
 from .attention import ConditionalCrossAttention, ConditionalSelfAttention
-from .detector import Detector
-from .structures import AttentionMaps, DecoderOutput, Memory, Queries, Targets
+from .detr import DETR
+from .structures import AttentionMaps, DecoderOutput, Memory, Queries
 from .transformer import feed_forward
 
 
@@ -121,11 +119,7 @@ class ConditionalDecoder(nn.Module):
             references = self.ref_point_head(queries.position).sigmoid()
         sine = get_sine_pos_embed(references, self.embed_dim // 2, self.temperature)
         sine = sine.to(references.dtype)
-        padding = memory.padding_mask
-        if self.training and not self.mask_padding_in_training:
-            padding = None
-        if padding is not None:
-            padding = memory.for_branches(padding)
+        padding = self.padding(memory)
         content, states = queries.content, []
         for index, layer in enumerate(self.layers):
             # the first layer's content is still empty and has nothing to say about scale
@@ -136,33 +130,18 @@ class ConditionalDecoder(nn.Module):
             torch.stack(states), references[None], memory.branches, attention, queries.denoising
         )
 
+    def padding(self, memory: Memory) -> Tensor | None:
+        """Cells (R * B, S) that the cross-attention is kept off."""
+        if memory.padding_mask is None or (self.training and not self.mask_padding_in_training):
+            return None
+        return memory.for_branches(memory.padding_mask)
 
-class ConditionalDETR(Detector):
-    """Single-scale detector with 2-d reference points predicted from the queries.
+
+class ConditionalDETR(DETR):
+    """DETR with 2-d reference points predicted from the queries.
 
     Args:
-        in_channels: channels of the last of ``in_features``.
-        embed_dim: C.
-        num_queries: N.
-        detector: the arguments of :class:`~detectors.detector.Detector`.
+        detector: the arguments of :class:`~detectors.detr.DETR`.
     """
 
-    def __init__(self, *, in_channels: int, embed_dim: int, num_queries: int, **detector):
-        super().__init__(**detector)
-        self.input_proj = nn.Conv2d(in_channels, embed_dim, kernel_size=1)
-        self.query_embed = nn.Embedding(num_queries, embed_dim)
-        self.class_embed = nn.Linear(embed_dim, self.num_classes)
-        self.bbox_embed = MLP(embed_dim, embed_dim, 4, 3)
-        prior = 0.01  # every class starts rare, as the focal loss wants it
-        nn.init.constant_(self.class_embed.bias, -math.log((1 - prior) / prior))
-        for parameter in self.bbox_embed.layers[-1].parameters():
-            nn.init.zeros_(parameter)
-
-    def project(self, features: dict[str, Tensor]) -> list[Tensor]:
-        """The last backbone map, projected."""
-        return [self.input_proj(features[self.in_features[-1]])]
-
-    def queries(self, memory: Memory, targets: Targets | None = None) -> Queries:
-        """Learned positions with empty content."""
-        position = self.query_embed.weight.expand(memory.tokens.shape[0], -1, -1)
-        return Queries(content=torch.zeros_like(position), position=position)
+    zero_offsets = True

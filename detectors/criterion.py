@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -28,6 +30,9 @@ class SetCriterion(_SetCriterion):
     constructor is detrex's, and so is a call with a dictionary of outputs; detectors call
     :meth:`match` and :meth:`group_losses`.
     """
+
+    cost_epsilon: ClassVar[float] = 1e-8
+    """Keeps the focal cost's logarithms finite."""
 
     @torch.no_grad()
     def match(self, logits: Tensor, boxes: Tensor, targets: Targets) -> Matches:
@@ -64,11 +69,17 @@ class SetCriterion(_SetCriterion):
             costs = -matcher.cost_class * probabilities
         else:
             found = logits[:, images, :, labels].float().sigmoid().transpose(0, 1)
-            costs = matcher.cost_class * focal_cost(found, matcher.alpha, matcher.gamma)
+            costs = matcher.cost_class * focal_cost(
+                found, matcher.alpha, matcher.gamma, self.cost_epsilon
+            )
         candidates = boxes.float()[:, images]  # (G, T, N, 4)
-        costs = costs + matcher.cost_bbox * (candidates - wanted).abs().sum(-1)
-        overlap = generalized_iou(box_cxcywh_to_xyxy(candidates), box_cxcywh_to_xyxy(wanted))
-        return costs - matcher.cost_giou * overlap
+        distance, overlap = self.compare(candidates, wanted)
+        return costs + matcher.cost_bbox * distance - matcher.cost_giou * overlap
+
+    def compare(self, found: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """L1 distance and generalised IoU (...) of boxes (..., 4) cxcywh, which may broadcast."""
+        overlap = generalized_iou(box_cxcywh_to_xyxy(found), box_cxcywh_to_xyxy(wanted))
+        return (found - wanted).abs().sum(-1), overlap
 
     def group_losses(
         self,
@@ -97,8 +108,8 @@ class SetCriterion(_SetCriterion):
         if "boxes" in self.losses:
             found = matches.select(boxes).float()
             wanted = torch.cat([target["boxes"] for target in targets]).float()[matches.targets]
-            losses["loss_bbox"] = (found - wanted).abs().sum((1, 2)) / num_boxes
-            overlap = generalized_iou(box_cxcywh_to_xyxy(found), box_cxcywh_to_xyxy(wanted))
+            distance, overlap = self.compare(found, wanted)
+            losses["loss_bbox"] = distance.sum(1) / num_boxes
             losses["loss_giou"] = (1 - overlap).sum(1) / num_boxes
         return losses
 
@@ -132,7 +143,12 @@ def focal_cost(probabilities: Tensor, alpha: float, gamma: float, epsilon: float
 
 def average_num_boxes(targets: Targets, device: torch.device) -> float:
     """Boxes per process, at least 1."""
-    count = float(sum(len(target["labels"]) for target in targets))
+    return average_count(sum(len(target["labels"]) for target in targets), device)
+
+
+def average_count(number: int, device: torch.device) -> float:
+    """Mean over all processes of a number of things, at least 1."""
+    count = float(number)
     if is_dist_avail_and_initialized():
         total = torch.tensor([count], device=device)
         dist.all_reduce(total)

@@ -46,9 +46,11 @@ class Detector(nn.Module):
         aux_loss: supervise every decoder layer, not only the last.
         pixel_mean: per channel, in the data loader's channel order.
         pixel_std: per channel.
-        select_box_nums_for_evaluation: detections kept per image.
+        select_box_nums_for_evaluation: detections kept per image with a focal-loss criterion;
+            with cross entropy every query is one.
         mask_padding_at_inference: mask padded cells as training does. detrex does not, so that its
             results depend on the other images of a batch; False reproduces its numbers.
+        size_divisibility: heights and widths are padded to multiples of it; 0 for no such rule.
     """
 
     pixel_mean: Tensor
@@ -70,6 +72,7 @@ class Detector(nn.Module):
         pixel_std: Sequence[float] = (58.395, 57.120, 57.375),
         select_box_nums_for_evaluation: int = 300,
         mask_padding_at_inference: bool = True,
+        size_divisibility: int = 0,
     ):
         super().__init__()
         self.backbone = backbone
@@ -81,6 +84,7 @@ class Detector(nn.Module):
         self.aux_loss = aux_loss
         self.select_box_nums_for_evaluation = select_box_nums_for_evaluation
         self.mask_padding_at_inference = mask_padding_at_inference
+        self.size_divisibility = size_divisibility
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(3, 1, 1), persistent=False)
 
@@ -122,7 +126,7 @@ class Detector(nn.Module):
             (item["image"].to(self.device) - self.pixel_mean) / self.pixel_std
             for item in batched_inputs
         ]
-        return ImageList.from_tensors(images)
+        return ImageList.from_tensors(images, self.size_divisibility)
 
     def prepare_targets(self, batched_inputs: list[dict]) -> Targets:
         """Ground truth of every image on the detector's device."""
@@ -193,10 +197,14 @@ class Detector(nn.Module):
         """Apply the class and box heads to every decoder layer; boxes start from the references."""
         with torch.autocast(output.states.device.type, enabled=False):
             states = output.states.to(next(self.class_embed.parameters()).dtype)  # float32 in AMP
-            boxes = decode_boxes(apply_heads(self.bbox_embed, states), output.references)
+            boxes = self.boxes(apply_heads(self.bbox_embed, states), output)
             logits = apply_heads(self.class_embed, states)
-        predictions = Predictions(logits, boxes, output.branches)
+        predictions = Predictions(logits, boxes, output.branches, proposals=output.proposals)
         return split_denoised(predictions, output.denoising)
+
+    def boxes(self, offsets: Tensor, output: DecoderOutput) -> Tensor:
+        """Boxes (L, R * B, N, 4) from what the box heads say about the references."""
+        return decode_boxes(offsets, output.references)
 
     def losses(self, predictions: Predictions, targets: Targets) -> dict[str, Tensor]:
         """Weighted losses, named ``loss_<kind>[_dn | _enc][_<branch>][_<decoder layer>]``."""
@@ -231,14 +239,9 @@ class Detector(nn.Module):
         image_sizes: Sequence[tuple[int, int]],
         batched_inputs: list[dict],
     ) -> list[dict]:
-        """The highest-scoring (query, class) pairs of the student's last layer, per image."""
+        """Detections of the student's last layer, per image."""
         student = predictions.of_branch(0)
-        scores = student.logits[-1].sigmoid().flatten(1)
-        kept = min(self.select_box_nums_for_evaluation, scores.shape[1])
-        scores, indices = scores.topk(kept, dim=1)
-        classes = indices % self.num_classes
-        queries = torch.div(indices, self.num_classes, rounding_mode="floor")
-        boxes = student.boxes[-1].gather(1, queries.unsqueeze(-1).expand(-1, -1, 4))
+        scores, classes, boxes = self.select(student.logits[-1], student.boxes[-1])
         results = []
         for row, (size, item) in enumerate(zip(image_sizes, batched_inputs, strict=True)):
             height, width = int(size[0]), int(size[1])
@@ -250,6 +253,26 @@ class Detector(nn.Module):
             output_size = item.get("height", height), item.get("width", width)
             results.append({"instances": detector_postprocess(instances, *output_size)})
         return results
+
+    def select(self, logits: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The detections among predictions (B, N, K) and (B, N, 4): scores, classes and boxes.
+
+        The criterion knows what the logits mean. With focal loss the highest-scoring
+        (query, class) pairs are detections, the best first. With cross entropy, where the last
+        logit is the background's, every query is one, of its best class, in the queries' order.
+
+        Returns:
+            Scores (B, D), classes (B, D) and boxes (B, D, 4).
+        """
+        if self.criterion.loss_class_type == "ce_loss":
+            scores, classes = logits.softmax(-1)[..., :-1].max(-1)
+            return scores, classes, boxes
+        scores = logits.sigmoid().flatten(1)
+        kept = min(self.select_box_nums_for_evaluation, scores.shape[1])
+        scores, indices = scores.topk(kept, dim=1)
+        classes = indices % self.num_classes
+        queries = torch.div(indices, self.num_classes, rounding_mode="floor")
+        return scores, classes, boxes.gather(1, queries.unsqueeze(-1).expand(-1, -1, 4))
 
     def _padding(self, images: ImageList) -> Tensor | None:
         """Padding mask of the batch in pixels (B, H, W); None where there is nothing to mask."""

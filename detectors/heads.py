@@ -39,5 +39,10 @@ def split_denoised(predictions: Predictions, denoising: Denoising | None) -> Pre
     count = denoising.count
     denoised = Predictions(logits[:, :, :count], boxes[:, :, :count], predictions.branches)
     return Predictions(
-        logits[:, :, count:], boxes[:, :, count:], predictions.branches, denoised, denoising
+        logits[:, :, count:],
+        boxes[:, :, count:],
+        predictions.branches,
+        denoised,
+        denoising,
+        predictions.proposals,
     )

@@ -7,10 +7,31 @@ axis, branch-major: rows ``[r * B, (r + 1) * B)`` belong to branch ``r``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+
+Result = TypeVar("Result")
+
+
+class computed_once(Generic[Result]):
+    """A property that keeps its value; unlike ``functools.cached_property`` it can be compiled."""
+
+    def __init__(self, compute: Callable[[Any], Result]):
+        self.compute = compute
+        self.__doc__ = compute.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Result:
+        value = self.compute(instance)
+        instance.__dict__[self.name] = value  # found first from now on
+        return value
+
 
 Targets = list[dict[str, Tensor]]
 """Per image: ``labels`` (G,) int64, ``boxes`` (G, 4) cxcywh in [0, 1], ``boxes_xyxy`` in pixels."""
@@ -75,6 +96,62 @@ def _to_tokens(maps: tuple[Tensor, ...]) -> Tensor:
 
 
 @dataclass(frozen=True)
+class LevelGrid:
+    """Where the cells of padded levels lie; computed when asked for, once.
+
+    Attributes:
+        spatial_shapes: (h, w) of every level.
+        padding_mask: (B, S), True on padding; None without padding.
+        batch: B.
+        device: where the results live, in float32.
+    """
+
+    spatial_shapes: tuple[tuple[int, int], ...]
+    padding_mask: Tensor | None
+    batch: int
+    device: torch.device
+
+    @computed_once
+    def unpadded_sizes(self) -> Tensor:
+        """Cells of every level that are not padding, (B, V, 2) as (w, h)."""
+        if self.padding_mask is None:
+            return self._sizes().expand(self.batch, -1, -1)
+        sizes = []
+        areas = [height * width for height, width in self.spatial_shapes]
+        for mask, shape in zip(self.padding_mask.split(areas, 1), self.spatial_shapes, strict=True):
+            free = ~mask.unflatten(1, shape)
+            sizes.append(torch.stack([free[:, 0].sum(-1), free[:, :, 0].sum(-1)], dim=-1))
+        return torch.stack(sizes, dim=1).float()
+
+    @computed_once
+    def valid_ratios(self) -> Tensor:
+        """Share of every level's width and height that is not padding, (B, V, 2)."""
+        return self.unpadded_sizes / self._sizes()
+
+    @computed_once
+    def centers(self) -> Tensor:
+        """Centres of all cells as (x, y), (B, S, 2), in [0, 1] within the unpadded image."""
+        centers = []
+        for level, (height, width) in enumerate(self.spatial_shapes):
+            y, x = (
+                torch.arange(length, dtype=torch.float32, device=self.device) + 0.5
+                for length in (height, width)
+            )
+            cells = torch.stack([x.repeat(height), y.repeat_interleave(width)], dim=-1)
+            centers.append(cells / self.unpadded_sizes[:, None, level])
+        return torch.cat(centers, dim=1)
+
+    @computed_once
+    def reference_points(self) -> Tensor:
+        """The cells' centres in the padded coordinates of every level, (B, S, V, 2)."""
+        return self.centers[:, :, None] * self.valid_ratios[:, None]
+
+    def _sizes(self) -> Tensor:
+        sizes = [(width, height) for height, width in self.spatial_shapes]
+        return torch.tensor(sizes, dtype=torch.float32, device=self.device)
+
+
+@dataclass(frozen=True)
 class EncoderContext:
     """What an encoder layer may look at beside the tokens.
 
@@ -90,6 +167,11 @@ class EncoderContext:
     features: FeatureMaps
     targets: Targets | None = None
 
+    @computed_once
+    def grid(self) -> LevelGrid:
+        """Where the tokens lie."""
+        return _grid(self.features.spatial_shapes, self.padding_mask, self.positions)
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -101,6 +183,7 @@ class Memory:
         positions: (B, S, C).
         spatial_shapes: (h, w) of every level.
         branches: the R branches, the student first.
+        image_sizes: (B, 2) as (h, w) in pixels before padding, for decoders that count in pixels.
     """
 
     tokens: Tensor
@@ -108,12 +191,24 @@ class Memory:
     positions: Tensor
     spatial_shapes: tuple[tuple[int, int], ...]
     branches: tuple[Branch, ...] = (STUDENT,)
+    image_sizes: Tensor | None = None
+
+    @computed_once
+    def grid(self) -> LevelGrid:
+        """Where the tokens lie."""
+        return _grid(self.spatial_shapes, self.padding_mask, self.positions)
 
     def for_branches(self, per_image: Tensor) -> Tensor:
         """Repeat a tensor (B, ...) for every branch: (R * B, ...)."""
         if len(self.branches) == 1:
             return per_image
         return per_image.repeat(len(self.branches), *(1,) * (per_image.dim() - 1))
+
+
+def _grid(
+    spatial_shapes: tuple[tuple[int, int], ...], padding_mask: Tensor | None, positions: Tensor
+) -> LevelGrid:
+    return LevelGrid(spatial_shapes, padding_mask, positions.shape[0], positions.device)
 
 
 @dataclass(frozen=True)
@@ -170,12 +265,17 @@ class Queries:
             in detectors whose positions are computed from anchors.
         attention_mask: (N, N) for self-attention, True where attending is forbidden.
         denoising: which of the queries are noised targets.
+        references: (R * B, N, 2 or 4) in [0, 1], as (x, y[, w, h]), where a deformable decoder
+            starts from; None in decoders that make their own of the positions.
+        proposals: the encoder's own detections in two-stage detectors.
     """
 
     content: Tensor
     position: Tensor
     attention_mask: Tensor | None = None
     denoising: Denoising | None = None
+    references: Tensor | None = None
+    proposals: Predictions | None = None
 
 
 @dataclass
@@ -185,10 +285,13 @@ class AttentionMaps:
     Attributes:
         self_attention: L maps (R * B, H, N, N).
         cross_attention: L maps (R * B, H, N, S).
+        sampling: in deformable decoders, instead, L pairs of locations (R * B, N, H, V, P, 2) as
+            (x, y) in [0, 1] within each padded level, and their weights (R * B, N, H, V, P).
     """
 
     self_attention: list[Tensor] = field(default_factory=list)
     cross_attention: list[Tensor] = field(default_factory=list)
+    sampling: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -202,6 +305,8 @@ class DecoderOutput:
         branches: the R branches, the student first.
         attention: attention maps if they were asked for.
         denoising: which of the queries are noised targets.
+        proposals: the encoder's own detections in two-stage detectors.
+        image_sizes: (R * B, 2) as (h, w), if the references are in pixels.
     """
 
     states: Tensor
@@ -209,6 +314,8 @@ class DecoderOutput:
     branches: tuple[Branch, ...] = (STUDENT,)
     attention: AttentionMaps | None = None
     denoising: Denoising | None = None
+    proposals: Predictions | None = None
+    image_sizes: Tensor | None = None
 
 
 @dataclass(frozen=True)

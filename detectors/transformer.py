@@ -6,6 +6,7 @@ import copy
 
 from detrex.layers import FFN
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .structures import Branch, EncoderContext, FeatureMaps, Memory, Targets
 
@@ -53,13 +54,16 @@ class Encoder(nn.Module):
     Args:
         layer: prototype, copied ``num_layers`` times.
         num_layers: at least one.
+        checkpoint_layers: in training, keep each layer's input alone and compute the layer again
+            in the backward pass: less memory for more time.
     """
 
-    def __init__(self, layer: EncoderLayer, num_layers: int = 6):
+    def __init__(self, layer: EncoderLayer, num_layers: int = 6, checkpoint_layers: bool = False):
         super().__init__()
         if num_layers < 1:
             raise ValueError(f"num_layers is {num_layers}, an encoder needs at least 1")
         self.embed_dim = layer.embed_dim
+        self.checkpoint_layers = checkpoint_layers
         self.layers = nn.ModuleList(copy.deepcopy(layer) for _ in range(num_layers))
 
     def forward(self, features: FeatureMaps, targets: Targets | None = None) -> Memory:
@@ -70,7 +74,12 @@ class Encoder(nn.Module):
         )
         batch = tokens.shape[0]
         for layer in self.layers:
-            tokens = layer(tokens[:batch], context)  # only the student's branch goes on
+            tokens = tokens[:batch]  # only the student's branch goes on
+            arguments = tokens, self.layer_context(tokens, context)
+            if self.checkpoint_layers and self.training:
+                tokens = checkpoint(layer, *arguments, use_reentrant=False)
+            else:
+                tokens = layer(*arguments)
         return Memory(
             tokens,
             context.padding_mask,
@@ -79,6 +88,10 @@ class Encoder(nn.Module):
             layer.branches(context),  # type: ignore[operator]
         )
 
+    def layer_context(self, tokens: Tensor, context: EncoderContext) -> EncoderContext:
+        """What a layer may look at beside its input (B, S, C); the same in all layers here."""
+        return context
+
 
 class Transformer(nn.Module):
     """Holds encoder and decoder and initialises both as detrex does.
@@ -86,11 +99,13 @@ class Transformer(nn.Module):
     Matrices are Xavier-uniform; then submodules with an ``init_weights`` method set their own.
     """
 
+    embed_dim: int
+
     def __init__(self, encoder: nn.Module, decoder: nn.Module):
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
-        self.embed_dim = encoder.embed_dim
+        self.embed_dim = encoder.embed_dim  # type: ignore[assignment]
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)

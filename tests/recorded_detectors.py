@@ -1,12 +1,14 @@
 """Detectors recorded from detrex: weights, inputs, outputs of all layers, losses, gradients."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
+from omegaconf import DictConfig, OmegaConf
 from tiny_detectors import ROOT, instances, pattern_image, recipe_weights
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -35,6 +37,8 @@ class RecordedDetector:
             stored = {k[6:]: v for k, v in self.arrays.items() if k.startswith("param/")}
             assert all(torch.equal(weights[key], value) for key, value in stored.items())
         weights |= {alias: weights[key] for alias, key in record["aliases"].items()}
+        buffers = self.record.get("buffers", {})
+        weights |= {key: torch.tensor(value) for key, value in buffers.items()}
         model.load_state_dict(weights, strict=True)
         return model
 
@@ -172,3 +176,43 @@ def check_full_size(reference_dir: Path, name: str) -> None:
     assert frozen == expected["frozen_parameters"]
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert trainable == expected["trainable_parameters"]
+
+
+def check_settings(reference_dir: Path, name: str) -> None:
+    """A baseline config has detrex's optimiser, schedule, criterion and numbers of things."""
+    config = LazyConfig.load(str(ROOT / f"projects/baselines/configs/{name}.py"))
+    record = (reference_dir / "detrex/training_settings.json").read_text()
+    expected = json.loads(record)["configs"][name]
+    optimizer, train, model = config.optimizer, config.train, config.model
+    schedule = OmegaConf.to_container(config.lr_multiplier)
+    schedule |= schedule.pop("scheduler")
+    found = {
+        "lr": optimizer.lr,
+        "backbone_lr": optimizer.lr * optimizer.params.lr_factor_func("backbone.stem.conv1.weight"),
+        "betas": list(optimizer.betas),
+        "weight_decay": optimizer.weight_decay,
+        "weight_decay_norm": optimizer.params.weight_decay_norm,
+        "grad_clip": train.clip_grad,
+        "schedule": schedule,
+        "max_iter": train.max_iter,
+        "total_batch_size": config.dataloader.train.total_batch_size,
+        "eval_period": train.eval_period,
+        "output_dir": train.output_dir,
+        "num_queries": model.num_queries,
+        "num_classes": model.num_classes,
+        "aux_loss": model.aux_loss,
+        "matcher": model.criterion.matcher,
+    }
+    for key, value in found.items():
+        assert _without_target(value) == _without_target(expected[key]), key
+    criterion = expected["criterion"]
+    assert model.criterion.loss_class_type == criterion["loss_class_type"]
+    weights = {re.sub(r"_\d+$", "", key): value for key, value in criterion["weight_dict"].items()}
+    assert model.criterion.weight_dict == weights
+
+
+def _without_target(value):
+    """A node without the name of its class, which need not be detrex's."""
+    if not isinstance(value, dict | DictConfig):
+        return value
+    return {key: entry for key, entry in value.items() if key != "_target_"}

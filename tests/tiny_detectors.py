@@ -50,15 +50,15 @@ class StridedBackbone(nn.Module):
         return {"res5": torch.cat([pooled, pooled**2, pooled[:, :2]], dim=1)}
 
 
-def build_conditional(settings, features, **options):
-    """A Conditional-DETR of the given settings on recorded features."""
+def build_single_scale(kind, decoder, criterion, settings, features, **options):
+    """A detector of the given kind and settings on recorded features."""
     dim, heads = settings["embed_dim"], settings["num_heads"]
     transformer = Transformer(
         Encoder(
             EncoderLayer(SelfAttention(dim, heads), settings["feedforward_dim"], ffn_dropout=0.0),
             settings["num_encoder_layers"],
         ),
-        ConditionalDecoder(
+        decoder(
             dim,
             heads,
             attn_dropout=0.0,
@@ -67,15 +67,7 @@ def build_conditional(settings, features, **options):
             num_layers=settings["num_decoder_layers"],
         ),
     )
-    criterion = SetCriterion(
-        num_classes=settings["num_classes"],
-        matcher=HungarianMatcher(cost_class=2.0, cost_bbox=5.0, cost_giou=2.0),
-        weight_dict={"loss_class": 2.0, "loss_bbox": 5.0, "loss_giou": 2.0},
-        loss_class_type="focal_loss",
-        alpha=0.25,
-        gamma=2.0,
-    )
-    return ConditionalDETR(
+    return kind(
         backbone=StubBackbone(features),
         in_features=["res5"],
         in_channels=settings["c5"],
@@ -87,6 +79,37 @@ def build_conditional(settings, features, **options):
         criterion=criterion,
         select_box_nums_for_evaluation=settings["select_box_nums_for_evaluation"],
         **options,
+    )
+
+
+def focal_criterion(settings):
+    """The criterion of detectors that score every class by itself."""
+    return SetCriterion(
+        num_classes=settings["num_classes"],
+        matcher=HungarianMatcher(cost_class=2.0, cost_bbox=5.0, cost_giou=2.0),
+        weight_dict={"loss_class": 2.0, "loss_bbox": 5.0, "loss_giou": 2.0},
+        loss_class_type="focal_loss",
+        alpha=0.25,
+        gamma=2.0,
+    )
+
+
+def cross_entropy_criterion(settings):
+    """The criterion of detectors that have a background class."""
+    return SetCriterion(
+        num_classes=settings["num_classes"],
+        matcher=HungarianMatcher(1.0, 5.0, 2.0, cost_class_type="ce_cost"),
+        weight_dict={"loss_class": 1.0, "loss_bbox": 5.0, "loss_giou": 2.0},
+        loss_class_type="ce_loss",
+        eos_coef=0.1,
+    )
+
+
+def build_conditional(settings, features, **options):
+    """A Conditional-DETR of the given settings on recorded features."""
+    criterion = focal_criterion(settings)
+    return build_single_scale(
+        ConditionalDETR, ConditionalDecoder, criterion, settings, features, **options
     )
 
 

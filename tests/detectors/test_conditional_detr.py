@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from recorded_detectors import RecordedDetector, check_full_size
+from detectron2.config import LazyConfig, instantiate
+from recorded_detectors import RecordedDetector, check_full_size, check_settings
 from tiny_detectors import (
     ROOT,
     SETTINGS,
@@ -48,8 +49,40 @@ def test_training_steps(recorded, detector):
     recorded.check_training_steps(detector)
 
 
-def test_full_size_keys(reference_dir):
-    check_full_size(reference_dir, "conditional_detr_r50_50ep")
+FULL_SIZE = [
+    "conditional_detr_r50_50ep",
+    "conditional_detr_r101_50ep",
+    "conditional_detr_r50_dc5_50ep",
+    "conditional_detr_r101_dc5_50ep",
+]
+
+
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_full_size_keys(name, reference_dir):
+    check_full_size(reference_dir, name)
+
+
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_settings(name, reference_dir):
+    check_settings(reference_dir, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "depth", "encoder_layers", "decoder_layers"),
+    [("r101_12ep", 101, 6, 6), ("r50_12ep", 50, 6, 6), ("r50_enc6_dec3_12ep", 50, 6, 3),
+     ("r50_enc3_dec6_12ep", 50, 3, 6), ("r50_enc3_dec3_12ep", 50, 3, 3)],
+)  # fmt: skip
+def test_teacher_and_students_of_twelve_epochs(name, depth, encoder_layers, decoder_layers):
+    path = ROOT / f"projects/baselines/configs/conditional_detr_{name}.py"
+    config = LazyConfig.load(str(path))
+    assert config.train.init_checkpoint.endswith(f"R-{depth}.pkl")
+    assert config.train.output_dir == f"./output/conditional_detr_{name}"
+    assert config.train.max_iter == 90000
+    assert config.lr_multiplier.scheduler.milestones == [82500, 90000]
+    assert config.model.backbone.stages.depth == depth
+    transformer = instantiate(config.model.transformer)
+    assert len(transformer.encoder.layers) == encoder_layers
+    assert len(transformer.decoder.layers) == decoder_layers
 
 
 def tiny_detector(**options):

@@ -1,0 +1,5 @@
+from .detr_r50_300ep import dataloader, lr_multiplier, optimizer, train
+from .models.detr_r50_dc5 import model
+
+train.init_checkpoint = "https://download.pytorch.org/models/resnet50-0676ba61.pth"
+train.output_dir = "./output/detr_r50_dc5_300ep"

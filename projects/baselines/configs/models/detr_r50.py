@@ -1,0 +1,59 @@
+from detectron2.config import LazyCall as L
+from detectron2.modeling.backbone import BasicStem, ResNet
+from detrex.layers import PositionEmbeddingSine
+from detrex.modeling import HungarianMatcher
+
+from detectors.attention import SelfAttention
+from detectors.criterion import SetCriterion
+from detectors.detr import DETR, DETRDecoder
+from detectors.transformer import Encoder, EncoderLayer, Transformer
+
+model = L(DETR)(
+    backbone=L(ResNet)(
+        stem=L(BasicStem)(in_channels=3, out_channels=64, norm="FrozenBN"),
+        stages=L(ResNet.make_default_stages)(depth=50, stride_in_1x1=False, norm="FrozenBN"),
+        out_features=["res2", "res3", "res4", "res5"],
+        freeze_at=1,
+    ),
+    in_features=["res5"],
+    in_channels=2048,
+    embed_dim=256,
+    num_queries=100,
+    num_classes=80,
+    position_embedding=L(PositionEmbeddingSine)(
+        num_pos_feats=128, temperature=10000, normalize=True
+    ),
+    transformer=L(Transformer)(
+        encoder=L(Encoder)(
+            layer=L(EncoderLayer)(
+                attention=L(SelfAttention)(embed_dim=256, num_heads=8, dropout=0.1),
+                feedforward_dim=2048,
+                ffn_dropout=0.1,
+            ),
+            num_layers=6,
+        ),
+        decoder=L(DETRDecoder)(
+            embed_dim=256,
+            num_heads=8,
+            attn_dropout=0.1,
+            feedforward_dim=2048,
+            ffn_dropout=0.1,
+            num_layers=6,
+        ),
+    ),
+    criterion=L(SetCriterion)(
+        num_classes="${..num_classes}",
+        matcher=L(HungarianMatcher)(
+            cost_class=1.0,
+            cost_bbox=5.0,
+            cost_giou=2.0,
+            cost_class_type="ce_cost",
+        ),
+        weight_dict={"loss_class": 1.0, "loss_bbox": 5.0, "loss_giou": 2.0},
+        loss_class_type="ce_loss",
+        eos_coef=0.1,
+    ),
+    aux_loss=True,
+    pixel_mean=[123.675, 116.280, 103.530],
+    pixel_std=[58.395, 57.120, 57.375],
+)
