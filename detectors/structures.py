@@ -262,7 +262,7 @@ class Queries:
     Attributes:
         content: (R * B, N, C).
         position: (R * B, N, C) learned position embedding; or an anchor's logits (R * B, N, 2 or 4)
-            in detectors whose positions are computed from anchors.
+            in detectors whose positions are computed from anchors; or AdaMixer's (R * B, N, 4).
         attention_mask: (N, N) for self-attention, True where attending is forbidden.
         denoising: which of the queries are noised targets.
         references: (R * B, N, 2 or 4) in [0, 1], as (x, y[, w, h]), where a deformable decoder
@@ -300,13 +300,13 @@ class DecoderOutput:
 
     Attributes:
         states: (L, R * B, N, C).
-        references: (L or 1, R * B, N, 2 or 4) in [0, 1], as (x, y[, w, h]); None if boxes start
-            from nothing.
+        references: (L or 1, R * B, N, 2 or 4) in [0, 1], as (x, y[, w, h]); or AdaMixer's
+            positions; None if boxes start from nothing.
         branches: the R branches, the student first.
         attention: attention maps if they were asked for.
         denoising: which of the queries are noised targets.
         proposals: the encoder's own detections in two-stage detectors.
-        image_sizes: (R * B, 2) as (h, w), if the references are in pixels.
+        image_sizes: (R * B, 2) as (h, w) in pixels if the references are in pixels.
     """
 
     states: Tensor
