@@ -48,7 +48,8 @@ void transpose(const A* from, int64_t columns, int64_t from_row, A* to) {
   }
 }
 
-// 32 random bits for each key of a row: see `dropout_bits` of the Python file.
+// 32 random bits for each key of a row, the same in the Triton kernels: a hash of the seed, the row
+// (image, head and query counted as one) and the key.
 struct DropoutRow {
   uint32_t first, second;
 
