@@ -75,6 +75,9 @@ class Detector(nn.Module):
         size_divisibility: int = 0,
     ):
         super().__init__()
+        if not isinstance(criterion, SetCriterion):
+            found = f"{type(criterion).__module__}.{type(criterion).__name__}"
+            raise TypeError(f"criterion is {found}, expected a detectors.criterion.SetCriterion")
         self.backbone = backbone
         self.in_features = list(in_features)
         self.position_embedding = position_embedding

@@ -4,9 +4,11 @@ import pytest
 import torch
 from detrex.modeling import HungarianMatcher
 from detrex.modeling import SetCriterion as LayerCriterion
+from tiny_detectors import SETTINGS, build_single_scale
 
 import ops
 from detectors import criterion as module
+from detectors.conditional_detr import ConditionalDecoder, ConditionalDETR
 from detectors.criterion import SetCriterion, average_num_boxes
 
 KINDS = {"focal_loss": "focal_loss_cost", "ce_loss": "ce_cost"}
@@ -96,3 +98,9 @@ def test_losses_that_are_not_wanted_are_not_there():
         "loss_bbox",
         "loss_giou",
     }
+
+
+def test_a_detector_refuses_detrexs_criterion():
+    criterion = build(LayerCriterion)
+    with pytest.raises(TypeError, match=r"criterion is detrex\..*SetCriterion, expected a detec"):
+        build_single_scale(ConditionalDETR, ConditionalDecoder, criterion, SETTINGS, {})
