@@ -1,5 +1,4 @@
 from detectron2.config import LazyCall as L
-from detectron2.modeling.backbone import BasicStem, ResNet
 from detrex.layers import PositionEmbeddingSine
 from detrex.modeling import HungarianMatcher
 
@@ -8,13 +7,10 @@ from detectors.conditional_detr import ConditionalDecoder, ConditionalDETR
 from detectors.criterion import SetCriterion
 from detectors.transformer import Encoder, EncoderLayer, Transformer
 
+from .resnet import resnet50
+
 model = L(ConditionalDETR)(
-    backbone=L(ResNet)(
-        stem=L(BasicStem)(in_channels=3, out_channels=64, norm="FrozenBN"),
-        stages=L(ResNet.make_default_stages)(depth=50, stride_in_1x1=False, norm="FrozenBN"),
-        out_features=["res2", "res3", "res4", "res5"],
-        freeze_at=1,
-    ),
+    backbone=resnet50,
     in_features=["res5"],
     in_channels=2048,
     embed_dim=256,

@@ -1,5 +1,4 @@
 from detectron2.config import LazyCall as L
-from detectron2.modeling.backbone import BasicStem, ResNet
 from detrex.layers import PositionEmbeddingSine
 from detrex.modeling import HungarianMatcher
 from torch import nn
@@ -9,13 +8,10 @@ from detectors.criterion import SetCriterion
 from detectors.dab_detr import DABDETR, DABDecoder, DABEncoder, DABTransformer
 from detectors.transformer import EncoderLayer
 
+from .resnet import resnet50
+
 model = L(DABDETR)(
-    backbone=L(ResNet)(
-        stem=L(BasicStem)(in_channels=3, out_channels=64, norm="FrozenBN"),
-        stages=L(ResNet.make_default_stages)(depth=50, stride_in_1x1=False, norm="FrozenBN"),
-        out_features=["res2", "res3", "res4", "res5"],
-        freeze_at=1,
-    ),
+    backbone=resnet50,
     in_features=["res5"],
     in_channels=2048,
     embed_dim=256,

@@ -1,6 +1,5 @@
 from detectron2.config import LazyCall as L
 from detectron2.layers import ShapeSpec
-from detectron2.modeling.backbone import BasicStem, ResNet
 from detrex.layers import PositionEmbeddingSine
 from detrex.modeling import HungarianMatcher
 from detrex.modeling.neck import ChannelMapper
@@ -15,13 +14,10 @@ from detectors.deformable_detr import (
 )
 from detectors.transformer import Encoder, EncoderLayer
 
+from .resnet import resnet50
+
 model = L(DeformableDETR)(
-    backbone=L(ResNet)(
-        stem=L(BasicStem)(in_channels=3, out_channels=64, norm="FrozenBN"),
-        stages=L(ResNet.make_default_stages)(depth=50, stride_in_1x1=False, norm="FrozenBN"),
-        out_features=["res3", "res4", "res5"],
-        freeze_at=1,
-    ),
+    backbone=resnet50,
     neck=L(ChannelMapper)(
         input_shapes={
             "res3": ShapeSpec(channels=512),
@@ -93,3 +89,4 @@ model = L(DeformableDETR)(
     pixel_std=[58.395, 57.120, 57.375],
     select_box_nums_for_evaluation=300,
 )
+model.backbone.out_features = ["res3", "res4", "res5"]
