@@ -133,7 +133,7 @@ def transform_instance_annotations(
     box = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
     height, width = image_size
     annotation["bbox"] = np.clip(
-        transforms.apply_box(np.array([box]))[0], 0, [width, height, width, height]
+        transforms.apply_box(np.array([box], dtype=float))[0], 0, [width, height, width, height]
     )
     annotation["bbox_mode"] = BoxMode.XYXY_ABS
     return annotation
