@@ -22,6 +22,7 @@ from .structures import (
     AttentionMaps,
     DecoderOutput,
     FeatureMaps,
+    LearnedQueries,
     Matches,
     Memory,
     Queries,
@@ -77,7 +78,8 @@ class AdaMixerDecoder(nn.Module):
         """Decode all branches at once; the box heads, one a layer, move the positions."""
         if memory.image_sizes is None:
             raise ValueError("memory.image_sizes is None, AdaMixer's boxes are in pixels")
-        content, position = queries.content, queries.position
+        content = memory.for_branches(queries.content)
+        position = memory.for_branches(queries.position)
         pyramid = Pyramid(memory.tokens, memory.spatial_shapes, self.strides, position.dtype)
         states, positions = [], []
         for layer, head in zip(self.layers, bbox_embed, strict=True):
@@ -92,7 +94,7 @@ class AdaMixerDecoder(nn.Module):
             memory.branches,
             attention,
             queries.denoising,
-            image_sizes=memory.for_branches(memory.image_sizes),
+            image_sizes=memory.image_sizes,
         )
 
 
@@ -110,14 +112,13 @@ class NoEncoder(nn.Module):
     def forward(self, features: FeatureMaps, targets: Targets | None = None) -> Memory:
         """The levels' cells, one after the other."""
         tokens, positions = features.tokens(), features.token_positions()
-        precise = torch.promote_types(tokens.dtype, torch.float32)
         return Memory(
             tokens,
             features.token_padding(),
             positions,
             features.spatial_shapes,
             (STUDENT,),
-            torch.tensor(features.image_sizes, dtype=precise, device=tokens.device),
+            features.sizes(),
         )
 
 
@@ -279,17 +280,19 @@ class AdaMixer(Detector):
             levels.append(self.neck.normalize(level, cells if masked else None))
         return dataclasses.replace(features, levels=tuple(levels))
 
-    def queries(self, memory: Memory, targets: Targets | None = None) -> Queries:
-        """Learned contents on the whole image, for every row of the memory."""
-        if memory.image_sizes is None:
-            raise ValueError("memory.image_sizes is None, AdaMixer's queries cover the image")
+    def learned_queries(self) -> LearnedQueries:
+        """Contents; where they look depends on the image."""
         embedded = self.query_embed.weight
         content = F.layer_norm(embedded, embedded.shape[-1:])
-        position = whole_image(memory.for_branches(memory.image_sizes))
-        return Queries(
-            content.expand(len(position), -1, -1),
-            position[:, None].expand(-1, len(content), -1),
-        )
+        return LearnedQueries(content, content.new_zeros(len(content), 4))
+
+    def start(self, learned: LearnedQueries, memory: Memory) -> Queries:
+        """Queries for every image of the memory, all on the whole image."""
+        if memory.image_sizes is None:
+            raise ValueError("memory.image_sizes is None, AdaMixer's queries cover the image")
+        whole = whole_image(memory.image_sizes)
+        queries = super().start(learned, memory)
+        return dataclasses.replace(queries, position=whole[:, None].expand_as(queries.position))
 
     def decode(
         self, memory: Memory, queries: Queries, attention: AttentionMaps | None = None
@@ -298,11 +301,12 @@ class AdaMixer(Detector):
         return self.decoder(queries, memory, self.bbox_embed, attention)
 
     def boxes(self, offsets: Tensor, output: DecoderOutput) -> Tensor:
-        """Boxes (L, R * B, N, 4) at the moved positions, divided by the image's size."""
-        if output.references is None or output.image_sizes is None:
+        """Boxes (G, B, N, 4) at the moved positions, divided by the image's size."""
+        references = output.group_references
+        if references is None or output.image_sizes is None:
             raise ValueError("the output has no references or no image_sizes to start from")
         scale = output.image_sizes.flip(-1).repeat(1, 2)[:, None]
-        return to_boxes(refine(output.references, offsets)) / scale
+        return to_boxes(refine(references, offsets)) / scale
 
 
 def _class_head(embed_dim: int, num_classes: int) -> nn.Sequential:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 import ops
 
 from .attention import PackedProjection, attend, check_heads, merge_heads, split_heads
-from .structures import AttentionMaps, computed_once
+from .grid import computed_once
+from .structures import AttentionMaps
 from .transformer import feed_forward
 
 # --- positions ----------------------------------------------------------------------------------

@@ -1,16 +1,21 @@
 """Multi-head attention, batch-first, with detrex's parameter names.
 
 Every module takes the fused path (:func:`torch.nn.functional.scaled_dot_product_attention`) unless
-its attention weights are asked for, and returns the residual sum as detrex's modules do.
+its attention weights are asked for, and returns the residual sum as detrex's modules do. Rows are
+R * B, or B where all branches are equal; what has fewer is repeated as late as possible.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .structures import STUDENT, Branch, EncoderContext
+from .late_maps import LateMap, LateMaps
+from .lean import lean_attention
+from .structures import Branch, EncoderContext, repeat_rows
 
 
 def attend(
@@ -30,13 +35,18 @@ def attend(
         value: (B, H, S, Dv).
         allowed: bool, broadcastable to (B, H, N, S), True where attending is allowed.
         dropout_p: dropout on the attention weights.
-        maps: receives the attention weights (B, H, N, S), taken before dropout.
+        maps: receives the attention weights (B, H, N, S), taken before dropout; :class:`LateMaps`
+            what they are made of.
         bias: added to the logits, broadcastable to (B, H, N, S).
 
     Returns:
         (B, H, N, Dv).
     """
-    if maps is None:
+    if isinstance(maps, LateMaps):
+        maps.append(LateMap(partial(_precise_weights, query, key, allowed, bias)))
+    if maps is None or isinstance(maps, LateMaps):
+        if bias is None and query.device.type == "cpu":
+            return lean_attention(query, key, value, allowed, dropout_p)
         mask = allowed
         if bias is not None:
             mask = bias if allowed is None else bias.masked_fill(~allowed, float("-inf"))
@@ -44,14 +54,42 @@ def attend(
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=dropout_p
         )
+    weights = attention_weights(query, key, allowed, bias)
+    maps.append(weights)
+    return F.dropout(weights, dropout_p) @ value
+
+
+def attention_weights(
+    query: Tensor, key: Tensor, allowed: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """Weights (B, H, N, S) of scaled dot-product attention; arguments as in :func:`attend`."""
     logits = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
     if bias is not None:
         logits = logits + bias
     if allowed is not None:
         logits = logits.masked_fill(~allowed, float("-inf"))
-    weights = logits.softmax(-1)
-    maps.append(weights)
-    return F.dropout(weights, dropout_p) @ value
+    return logits.softmax(-1)
+
+
+def _precise_weights(
+    query: Tensor, key: Tensor, allowed: Tensor | None, bias: Tensor | None, rows: slice
+) -> Tensor:
+    """Rows of the weights in float32 at least, whatever precision the step works in."""
+    precise = torch.promote_types(query.dtype, torch.float32)
+    with torch.autocast(query.device.type, enabled=False):
+        return attention_weights(
+            query[rows].to(precise),
+            key[rows].to(precise),
+            _rows_of(allowed, rows),
+            _rows_of(bias, rows),
+        )
+
+
+def _rows_of(mask: Tensor | None, rows: slice) -> Tensor | None:
+    """Rows of what is broadcastable to (B, H, N, S)."""
+    if mask is None or mask.dim() < 4 or mask.shape[0] == 1:
+        return mask
+    return mask[rows]
 
 
 def split_heads(tokens: Tensor, num_heads: int) -> Tensor:
@@ -102,9 +140,10 @@ class _PackedSelfAttention(_PackedAttention):
     """Standard self-attention; positions enter queries and keys, not values."""
 
     def project(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (B, H, S, C / H) of tokens (B, S, C)."""
+        """Queries, keys and values (R * B, H, S, C / H) of tokens (R * B, S, C)."""
         rows, channels = self.attn.in_proj_weight, self.embed_dim
         bias = self.attn.in_proj_bias
+        positions = repeat_rows(positions, tokens)
         positioned = F.linear(tokens + positions, rows[: 2 * channels], bias[: 2 * channels])
         query, key = positioned.split(channels, dim=-1)
         value = F.linear(tokens, rows[2 * channels :], bias[2 * channels :])
@@ -122,14 +161,14 @@ class SelfAttention(_PackedSelfAttention):
     """
 
     def branches(self, context: EncoderContext) -> tuple[Branch, ...]:
-        """The branches that :meth:`forward` returns, stacked along the batch axis."""
-        return (STUDENT,)
+        """The branches that :meth:`forward` returns, stacked along the batch axis: its input's."""
+        return context.branches
 
     def forward(self, tokens: Tensor, context: EncoderContext) -> Tensor:
-        """Tokens (B, S, C) plus their attention output (B, S, C)."""
+        """Tokens (R * B, S, C) plus their attention output (R * B, S, C)."""
         query, key, value = self.project(tokens, context.positions)
         attended = attend(
-            query, key, value, allow_unpadded(context.padding_mask), self.active_dropout
+            query, key, value, allow_unpadded(context.padding_of(tokens)), self.active_dropout
         )
         return tokens + self.attn.out_proj(merge_heads(attended))
 
@@ -153,13 +192,13 @@ class QuerySelfAttention(_PackedSelfAttention):
         """Attend among queries.
 
         Args:
-            content: (B, N, C).
-            position: (B, N, C).
+            content: (R * B, N, C).
+            position: (B or R * B, N, C).
             attention_mask: (N, N), True where attending is forbidden.
-            maps: receives the attention weights (B, H, N, N).
+            maps: receives the attention weights (R * B, H, N, N).
 
         Returns:
-            Content plus attention output, (B, N, C).
+            Content plus attention output, (R * B, N, C).
         """
         allowed = None if attention_mask is None else ~attention_mask
         query_key_value = self.project(content, position)
@@ -179,14 +218,15 @@ class QueryCrossAttention(_PackedAttention):
     def project(
         self, content: Tensor, position: Tensor, memory: Tensor, memory_position: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, H, N, C / H), keys and values (B, H, S, C / H)."""
-        inputs = (content + position, memory + memory_position, memory)
+        """Queries (R * B, H, N, C / H), keys and values (R * B, H, S, C / H)."""
+        memory_position = repeat_rows(memory_position, memory)
+        inputs = (content + repeat_rows(position, content), memory + memory_position, memory)
         rows, biases = self.attn.in_proj_weight.chunk(3), self.attn.in_proj_bias.chunk(3)
         query, key, value = (
             split_heads(F.linear(tokens, row, bias), self.num_heads)
             for tokens, row, bias in zip(inputs, rows, biases, strict=True)
         )
-        return query, key, value
+        return repeat_rows(query, memory), key, value
 
     def forward(
         self,
@@ -200,20 +240,20 @@ class QueryCrossAttention(_PackedAttention):
         """Attend from queries to memory.
 
         Args:
-            content: (B, N, C).
-            position: (B, N, C).
-            memory: (B, S, C).
-            memory_position: (B, S, C).
-            padding_mask: (B, S), True on padding.
-            maps: receives the attention weights (B, H, N, S).
+            content: (B or R * B, N, C).
+            position: (B or R * B, N, C).
+            memory: (R * B, S, C).
+            memory_position: (B or R * B, S, C).
+            padding_mask: (R * B, S), True on padding.
+            maps: receives the attention weights (R * B, H, N, S).
 
         Returns:
-            Content plus attention output, (B, N, C).
+            Content plus attention output, (R * B, N, C).
         """
         query_key_value = self.project(content, position, memory, memory_position)
         allowed = allow_unpadded(padding_mask)
         attended = attend(*query_key_value, allowed, self.active_dropout, maps)
-        return content + self.attn.out_proj(merge_heads(attended))
+        return repeat_rows(content, memory) + self.attn.out_proj(merge_heads(attended))
 
 
 class _ConditionalAttention(nn.Module):
@@ -245,16 +285,17 @@ class ConditionalSelfAttention(_ConditionalAttention):
         """Attend among queries.
 
         Args:
-            content: (B, N, C).
-            position: (B, N, C).
+            content: (R * B, N, C).
+            position: (B or R * B, N, C).
             attention_mask: (N, N), True where attending is forbidden.
-            maps: receives the attention weights (B, H, N, N).
+            maps: receives the attention weights (R * B, H, N, N).
 
         Returns:
-            Content plus attention output, (B, N, C).
+            Content plus attention output, (R * B, N, C).
         """
-        query = self.query_content_proj(content) + self.query_pos_proj(position)
-        key = self.key_content_proj(content) + self.key_pos_proj(position)
+        query, key = self.query_content_proj(content), self.key_content_proj(content)
+        query = query + repeat_rows(self.query_pos_proj(position), content)
+        key = key + repeat_rows(self.key_pos_proj(position), content)
         attended = attend(
             split_heads(query, self.num_heads),
             split_heads(key, self.num_heads),
@@ -298,31 +339,32 @@ class ConditionalCrossAttention(_ConditionalAttention):
         """Attend from queries to memory.
 
         Args:
-            content: (B, N, C).
-            position: (B, N, C) learned position embedding of the queries.
-            sine: (B, N, C) transformed sine embedding of the reference points.
-            memory: (B, S, C).
-            memory_position: (B, S, C).
-            padding_mask: (B, S), True on padding.
-            maps: receives the attention weights (B, H, N, S).
+            content: (B or R * B, N, C).
+            position: (B or R * B, N, C) learned position embedding of the queries.
+            sine: (B or R * B, N, C) transformed sine embedding of the reference points.
+            memory: (R * B, S, C).
+            memory_position: (B or R * B, S, C).
+            padding_mask: (R * B, S), True on padding.
+            maps: receives the attention weights (R * B, H, N, S).
 
         Returns:
-            Content plus attention output, (B, N, C).
+            Content plus attention output, (R * B, N, C).
         """
         query, key = self.query_content_proj(content), self.key_content_proj(memory)
-        spatial_key = self.key_pos_proj(memory_position)
+        spatial_key = repeat_rows(self.key_pos_proj(memory_position), memory)
         if self.first_layer:
-            query, key = query + self.query_pos_proj(position), key + spatial_key
-        spatial_query = self.query_pos_sine_proj(sine)
+            query = query + repeat_rows(self.query_pos_proj(position), query)
+            key = key + spatial_key
+        spatial_query = repeat_rows(self.query_pos_sine_proj(sine), query)
         attended = attend(
-            self._join(query, spatial_query),
+            repeat_rows(self._join(query, spatial_query), memory),
             self._join(key, spatial_key),
             split_heads(self.value_proj(memory), self.num_heads),
             allow_unpadded(padding_mask),
             self.dropout if self.training else 0.0,
             maps,
         )
-        return content + self.out_proj(merge_heads(attended))
+        return repeat_rows(content, memory) + self.out_proj(merge_heads(attended))
 
     def _join(self, content: Tensor, spatial: Tensor) -> Tensor:
         """Concatenate the two parts within each head: (B, H, N, 2 * C / H)."""

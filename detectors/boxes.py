@@ -16,18 +16,33 @@ def generalized_iou(boxes: Tensor, others: Tensor, epsilon: float = EPSILON) -> 
         others: (..., 4).
         epsilon: added to what is divided by.
     """
-    overlap = _area(
-        torch.maximum(boxes[..., :2], others[..., :2]),
-        torch.minimum(boxes[..., 2:], others[..., 2:]),
-    )
+    overlap, union = _overlap_and_union(boxes, others)
     hull = _area(
         torch.minimum(boxes[..., :2], others[..., :2]),
         torch.maximum(boxes[..., 2:], others[..., 2:]),
     )
-    union = (
-        _area(boxes[..., :2], boxes[..., 2:]) + _area(others[..., :2], others[..., 2:]) - overlap
-    )
     return overlap / (union + epsilon) - (hull - union) / (hull + epsilon)
+
+
+def box_iou(boxes: Tensor, others: Tensor, epsilon: float = EPSILON) -> Tensor:
+    """IoU of boxes (..., 4) in corners: (...).
+
+    Args:
+        boxes: (..., 4).
+        others: (..., 4).
+        epsilon: added to what is divided by.
+    """
+    overlap, union = _overlap_and_union(boxes, others)
+    return overlap / (union + epsilon)
+
+
+def _overlap_and_union(boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    overlap = _area(
+        torch.maximum(boxes[..., :2], others[..., :2]),
+        torch.minimum(boxes[..., 2:], others[..., 2:]),
+    )
+    areas = _area(boxes[..., :2], boxes[..., 2:]) + _area(others[..., :2], others[..., 2:])
+    return overlap, areas - overlap
 
 
 def _area(low: Tensor, high: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .attention import ConditionalCrossAttention, ConditionalSelfAttention
 from .detr import DETR
-from .structures import AttentionMaps, DecoderOutput, Memory, Queries
+from .structures import AttentionMaps, DecoderOutput, Memory, Queries, repeat_rows
 from .transformer import feed_forward
 
 
@@ -46,7 +46,7 @@ class ConditionalDecoderLayer(nn.Module):
         padding_mask: Tensor | None,
         attention: AttentionMaps | None = None,
     ) -> Tensor:
-        """Content (R * B, N, C) to the same; ``sine`` (R * B, N, C) is the spatial query."""
+        """Content (B or R * B, N, C) to (R * B, N, C); ``sine``, likewise, is the spatial query."""
         self_maps = None if attention is None else attention.self_attention
         cross_maps = None if attention is None else attention.cross_attention
         self_attention, cross_attention = self.attentions
@@ -57,7 +57,7 @@ class ConditionalDecoderLayer(nn.Module):
             queries.position,
             sine,
             memory.tokens,
-            memory.for_branches(memory.positions),
+            memory.positions,
             padding_mask,
             cross_maps,
         )
@@ -107,6 +107,8 @@ class ConditionalDecoder(nn.Module):
             for index in range(num_layers)
         )  # fmt: skip
         self.query_scale = MLP(embed_dim, embed_dim, embed_dim, 2)
+        if num_layers == 1:
+            self.query_scale.requires_grad_(False)  # it scales from the second layer on
         self.ref_point_head = MLP(embed_dim, embed_dim, 2, 2)
         self.post_norm_layer = nn.LayerNorm(embed_dim)
 
@@ -123,7 +125,9 @@ class ConditionalDecoder(nn.Module):
         content, states = queries.content, []
         for index, layer in enumerate(self.layers):
             # the first layer's content is still empty and has nothing to say about scale
-            spatial = sine if index == 0 else sine * self.query_scale(content)
+            spatial = sine
+            if index > 0:
+                spatial = repeat_rows(sine, content) * self.query_scale(content)
             content = layer(content, queries, spatial, memory, padding, attention)
             states.append(self.post_norm_layer(content))
         return DecoderOutput(

@@ -16,9 +16,10 @@ from .structures import (
     AttentionMaps,
     DecoderOutput,
     EncoderContext,
+    LearnedQueries,
     Memory,
     Queries,
-    Targets,
+    repeat_rows,
 )
 from .transformer import Encoder, EncoderLayer, Transformer
 
@@ -37,8 +38,9 @@ class DABEncoder(Encoder):
         self.query_scale = MLP(self.embed_dim, self.embed_dim, self.embed_dim, 2)
 
     def layer_context(self, tokens: Tensor, context: EncoderContext) -> EncoderContext:
-        """The context with positions as the layer's input ``tokens`` (B, S, C) scale them."""
-        return replace(context, positions=context.positions * self.query_scale(tokens))
+        """The context with positions as the layer's input ``tokens`` (R * B, S, C) scale them."""
+        positions = repeat_rows(context.positions, tokens) * self.query_scale(tokens)
+        return replace(context, positions=positions)
 
 
 class DABDecoder(ConditionalDecoder):
@@ -69,7 +71,7 @@ class DABDecoder(ConditionalDecoder):
     def forward(
         self, queries: Queries, memory: Memory, attention: AttentionMaps | None = None
     ) -> DecoderOutput:
-        """Decode all branches at once; ``queries.position`` are anchors' logits (R * B, N, 4).
+        """Decode all branches at once; ``queries.position`` are anchors' logits (B, N, 4).
 
         The references of a layer still depend on the box head in the layer before it, but no
         further: what goes on to the next layer is detached.
@@ -88,7 +90,7 @@ class DABDecoder(ConditionalDecoder):
                 references.append(self._refine(content, boxes))
         return DecoderOutput(
             torch.stack(states),
-            torch.stack(references),
+            torch.stack([repeat_rows(boxes, content) for boxes in references]),
             memory.branches,
             attention,
             queries.denoising,
@@ -160,10 +162,8 @@ class DABDETR(SingleScaleDetector):
             return transformer.patterns.weight
         return self.anchor_box_embed.weight.new_zeros(1, transformer.embed_dim)
 
-    def queries(self, memory: Memory, targets: Targets | None = None) -> Queries:
+    def learned_queries(self) -> LearnedQueries:
         """Every anchor with every content."""
-        rows = memory.tokens.shape[0]
         contents, anchors = self.contents(), self.anchor_box_embed.weight
         content = contents.repeat_interleave(len(anchors), dim=0)
-        anchors = anchors.repeat(len(contents), 1)
-        return Queries(content.expand(rows, -1, -1), anchors.expand(rows, -1, -1))
+        return LearnedQueries(content, anchors.repeat(len(contents), 1))

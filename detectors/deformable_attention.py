@@ -6,7 +6,7 @@ from torch import Tensor
 
 import ops
 
-from .structures import STUDENT, Branch, EncoderContext, Memory
+from .structures import Branch, EncoderContext, Memory, repeat_rows
 
 
 class _DeformableAttention(ops.MultiScaleDeformableAttention):
@@ -37,16 +37,16 @@ class DeformableSelfAttention(_DeformableAttention):
     """Self-attention of an encoder layer that samples around each token's own place."""
 
     def branches(self, context: EncoderContext) -> tuple[Branch, ...]:
-        """The branches that :meth:`forward` returns, stacked along the batch axis."""
-        return (STUDENT,)
+        """The branches that :meth:`forward` returns, stacked along the batch axis: its input's."""
+        return context.branches
 
     def forward(self, tokens: Tensor, context: EncoderContext) -> Tensor:  # type: ignore[override]
-        """Tokens (B, S, C) plus their attention output (B, S, C)."""
+        """Tokens (R * B, S, C) plus their attention output (R * B, S, C)."""
         return super().forward(
             tokens,
-            query_pos=context.positions,
-            key_padding_mask=context.padding_mask,
-            reference_points=context.grid.reference_points,
+            query_pos=repeat_rows(context.positions, tokens),
+            key_padding_mask=context.padding_of(tokens),
+            reference_points=repeat_rows(context.grid.reference_points, tokens),
             spatial_shapes=context.features.spatial_shapes,
         )
 
@@ -66,9 +66,9 @@ class DeformableCrossAttention(_DeformableAttention):
         """Attend from queries to memory.
 
         Args:
-            content: (R * B, N, C).
-            position: (R * B, N, C).
-            references: (R * B, N, V, 2 or 4) in the padded coordinates of every level.
+            content: (B or R * B, N, C).
+            position: (B or R * B, N, C).
+            references: (B or R * B, N, V, 2 or 4) in the padded coordinates of every level.
             memory: what is sampled.
             padding_mask: (R * B, S), True on padding.
             sampling: receives the locations (R * B, N, H, V, P, 2) and their weights
@@ -78,6 +78,9 @@ class DeformableCrossAttention(_DeformableAttention):
             Content plus attention output, (R * B, N, C).
         """
         shapes = memory.spatial_shapes
+        content, position, references = (
+            memory.for_branches(tensor) for tensor in (content, position, references)
+        )
         if sampling is not None:
             query = content + position
             locations = self.sampling_locations(query, references, shapes)

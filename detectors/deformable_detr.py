@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +17,17 @@ from .deformable_attention import DeformableCrossAttention
 from .detector import Detector
 from .heads import decode_boxes
 from .structures import (
+    STUDENT,
     AttentionMaps,
     DecoderOutput,
     FeatureMaps,
+    Group,
+    LearnedQueries,
     Memory,
     Predictions,
     Queries,
     Targets,
+    repeat_rows,
 )
 from .transformer import Transformer, feed_forward
 
@@ -65,12 +70,12 @@ class DeformableDecoderLayer(nn.Module):
         attention_mask: Tensor | None = None,
         attention: AttentionMaps | None = None,
     ) -> Tensor:
-        """Content (R * B, N, C) to the same.
+        """Content (B or R * B, N, C) to (R * B, N, C).
 
         Args:
-            content: (R * B, N, C).
-            position: (R * B, N, C).
-            references: (R * B, N, V, 2 or 4) in the padded coordinates of every level.
+            content: (B or R * B, N, C).
+            position: (B or R * B, N, C).
+            references: (B or R * B, N, V, 2 or 4) in the padded coordinates of every level.
             memory: what is sampled.
             padding_mask: (R * B, S), True on padding.
             attention_mask: (N, N), True where attending is forbidden.
@@ -136,12 +141,12 @@ class DeformableDecoder(nn.Module):
         padding = memory.padding_mask
         if padding is not None:
             padding = memory.for_branches(padding)
-        ratios = memory.for_branches(memory.grid.valid_ratios).repeat(1, 1, 2)[:, None]
+        ratios = memory.grid.valid_ratios.repeat(1, 1, 2)[:, None]
         references = [queries.references]
         content, states = queries.content, []
         for index, layer in enumerate(self.layers):
             current = references[-1]
-            on_levels = current[:, :, None] * ratios[..., : current.shape[-1]]
+            on_levels = current[:, :, None] * repeat_rows(ratios, current)[..., : current.shape[-1]]
             position = self.query_position(index, content, queries, current, on_levels)
             content = layer(
                 content, position, on_levels, memory, padding, queries.attention_mask, attention
@@ -166,14 +171,15 @@ class DeformableDecoder(nn.Module):
         references: Tensor,
         on_levels: Tensor,
     ) -> Tensor:
-        """Position embedding (R * B, N, C) of the queries in a layer: the same in all.
+        """Position embedding (B or R * B, N, C) of the queries in a layer: the same in all.
 
         Args:
             index: of the layer.
-            content: (R * B, N, C).
+            content: (B or R * B, N, C).
             queries: what the decoder started with.
-            references: (R * B, N, 2 or 4) in the unpadded image.
-            on_levels: (R * B, N, V, 2 or 4), the same in the padded coordinates of every level.
+            references: (B or R * B, N, 2 or 4) in the unpadded image.
+            on_levels: (B or R * B, N, V, 2 or 4), the same in the padded coordinates of every
+                level.
         """
         return queries.position
 
@@ -185,9 +191,13 @@ class DeformableDecoder(nn.Module):
 
 
 def _stack_references(references: list[Tensor]) -> Tensor:
-    """(L or 1, R * B, N, 2 or 4); a point among boxes is one that lets the sizes start from 0.5."""
-    width = references[-1].shape[-1]
-    return torch.stack([F.pad(r, (0, width - r.shape[-1]), value=0.5) for r in references])
+    """(L, R * B, N, 2 or 4), or (1, B, N, 2 or 4) if there is one for all layers.
+
+    A point among boxes is one that lets the sizes start from 0.5.
+    """
+    last = references[-1]
+    padded = [F.pad(r, (0, last.shape[-1] - r.shape[-1]), value=0.5) for r in references]
+    return torch.stack([repeat_rows(r, last) for r in padded])
 
 
 class MultiLevelTransformer(Transformer):
@@ -237,18 +247,18 @@ class DeformableTransformer(MultiLevelTransformer):
             nn.init.zeros_(self.reference_points.bias)
 
     def locate(self, position: Tensor) -> Tensor:
-        """Reference points (R * B, N, 2) of position embeddings (R * B, N, C)."""
+        """Reference points (B, N, 2) of position embeddings (B, N, C)."""
         with torch.autocast(position.device.type, enabled=False):
             return self.reference_points(position).sigmoid()
 
     def candidates(self, memory: Memory) -> tuple[Tensor, Tensor]:
-        """Tokens that may become queries, and the logits of the boxes they start from.
+        """Tokens of the student that may become queries, and their boxes' logits.
 
         A cell of level v starts from a box around it with sides 0.05 * 2^v. Cells on the border or
         in the padding are no candidates: their tokens are those of nothing, their logits infinite.
 
         Returns:
-            (R * B, S, C) and (R * B, S, 4).
+            (B, S, C) and (B, S, 4).
         """
         centers = memory.grid.centers
         sides = [
@@ -258,11 +268,11 @@ class DeformableTransformer(MultiLevelTransformer):
         boxes = torch.cat([centers, torch.cat(sides).expand_as(centers)], dim=-1)
         inside = ((boxes > 0.01) & (boxes < 0.99)).all(-1, keepdim=True)
         logits = torch.where(inside, boxes.logit(), math.inf)
-        tokens = memory.tokens.masked_fill(~memory.for_branches(inside), 0)
-        return self.enc_output_norm(self.enc_output(tokens)), memory.for_branches(logits)
+        tokens = memory.tokens[: memory.batch].masked_fill(~inside, 0)
+        return self.enc_output_norm(self.enc_output(tokens)), logits
 
     def embed_boxes(self, boxes: Tensor) -> tuple[Tensor, Tensor]:
-        """Content and position (R * B, N, C) of queries that start from boxes (R * B, N, 4)."""
+        """Content and position (B, N, C) of queries that start from boxes (B, N, 4)."""
         sine = get_sine_pos_embed(boxes, self.embed_dim // 2, exchange_xy=False)
         position, content = self.pos_trans_norm(self.pos_trans(sine)).chunk(2, dim=-1)
         return content, position
@@ -329,18 +339,7 @@ class DeformableDetector(Detector):
                 f"the neck gives {len(features.levels)} levels, "
                 f"the transformer has num_levels {len(embeds)}"
             )
-        positions = tuple(
-            position + embed[:, None, None]
-            for position, embed in zip(features.positions, embeds, strict=True)
-        )
-        features = FeatureMaps(
-            features.levels,
-            features.padding_masks,
-            positions,
-            features.image_sizes,
-            features.padded_size,
-        )
-        return super().encode(features, targets)
+        return super().encode(features.with_level_embeds(embeds), targets)
 
 
 def _new_heads(embed_dim: int, num_classes: int) -> tuple[nn.Linear, MLP]:
@@ -379,11 +378,19 @@ class DeformableDETR(DeformableDetector):
 
     def queries(self, memory: Memory, targets: Targets | None = None) -> Queries:
         """Learned positions and content, or those of the best proposals."""
+        return self._propose(memory) if self.as_two_stage else super().queries(memory)
+
+    def learned_queries(self) -> LearnedQueries:
+        """Positions and contents."""
         if self.as_two_stage:
-            return self._propose(memory)
-        learned = self.query_embedding.weight.expand(memory.tokens.shape[0], -1, -1)
-        position, content = learned.chunk(2, dim=-1)
-        return Queries(content, position, references=self.transformer.locate(position))
+            raise ValueError("DeformableDETR has as_two_stage, its queries are not learned")
+        position, content = self.query_embedding.weight.chunk(2, dim=-1)
+        return LearnedQueries(content, position)
+
+    def start(self, learned: LearnedQueries, memory: Memory) -> Queries:
+        """Queries for every image of the memory, with the reference points of their positions."""
+        queries = super().start(learned, memory)
+        return replace(queries, references=self.transformer.locate(queries.position))
 
     def _propose(self, memory: Memory) -> Queries:
         """Queries that start from the encoder's detections with the highest first class."""
@@ -395,9 +402,9 @@ class DeformableDETR(DeformableDetector):
         scores = logits[..., 0]
         if memory.padding_mask is not None and not self.training:
             # else padding, which depends on the other images, could displace border cells
-            scores = scores.masked_fill(memory.for_branches(memory.padding_mask), -math.inf)
+            scores = scores.masked_fill(memory.padding_mask, -math.inf)
         best = scores.topk(min(self.num_queries, scores.shape[1]), dim=1).indices
         references = boxes.detach().gather(1, best.unsqueeze(-1).expand(-1, -1, 4))
         content, position = self.transformer.embed_boxes(references)
-        proposals = Predictions(logits[None], boxes[None], memory.branches)
+        proposals = Predictions(logits[None], boxes[None], (Group(STUDENT, 0),))
         return Queries(content, position, references=references, proposals=proposals)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from detrex.utils import inverse_sigmoid
 from torch import Tensor, nn
 
-from .structures import Denoising, Matches, Memory, Queries, Targets
+from .structures import Denoising, Matches, Queries, Targets
 
 
 class DenoisingQueries(nn.Module):
@@ -113,18 +113,17 @@ class DenoisingQueries(nn.Module):
             content = F.pad(content, (0, 1))
         return content.expand(num_queries, -1)
 
-    def prepend(self, queries: Queries, memory: Memory, targets: Targets) -> Queries:
-        """Put the noised targets, the same in all branches, before other queries.
+    def prepend(self, queries: Queries, targets: Targets) -> Queries:
+        """Put the noised targets before other queries.
 
         Args:
-            queries: N of them, whose positions are the logits of boxes (R * B, N, 4).
-            memory: whose rows they are for.
+            queries: N of them, whose positions are the logits of boxes (B, N, 4).
             targets: of the B images.
         """
         content, boxes, denoising = self(targets)
         return Queries(
-            torch.cat([memory.for_branches(content), queries.content], dim=1),
-            torch.cat([memory.for_branches(boxes), queries.position], dim=1),
+            torch.cat([content, queries.content], dim=1),
+            torch.cat([boxes, queries.position], dim=1),
             self.attention_mask(denoising, queries.position.shape[1]),
             denoising,
         )

@@ -12,6 +12,7 @@ from detrex.layers import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .backbone import fold_frozen_norms, laid_out
 from .criterion import SetCriterion, average_num_boxes
 from .heads import apply_heads, decode_boxes, split_denoised
 from .structures import (
@@ -20,6 +21,9 @@ from .structures import (
     Branch,
     DecoderOutput,
     FeatureMaps,
+    Group,
+    LearnedQueries,
+    Matches,
     Memory,
     Predictions,
     Queries,
@@ -78,7 +82,7 @@ class Detector(nn.Module):
         if not isinstance(criterion, SetCriterion):
             found = f"{type(criterion).__module__}.{type(criterion).__name__}"
             raise TypeError(f"criterion is {found}, expected a detectors.criterion.SetCriterion")
-        self.backbone = backbone
+        self.backbone = fold_frozen_norms(backbone)
         self.in_features = list(in_features)
         self.position_embedding = position_embedding
         self.transformer = transformer
@@ -117,6 +121,35 @@ class Detector(nn.Module):
             return self.losses(predictions, targets)
         return self.inference(predictions, images.image_sizes, batched_inputs)
 
+    @property
+    def branch_names(self) -> tuple[str, ...]:
+        """The branches that there are where ground truth is given, the student first."""
+        teachers = (getattr(module, "teacher_branches", ()) for module in self.modules())
+        names = (branch.name for branches in teachers for branch in branches)
+        return (STUDENT.name, *dict.fromkeys(names))
+
+    def detect_branches(
+        self, batched_inputs: list[dict], names: Sequence[str]
+    ) -> dict[str, list[dict]]:
+        """Detections of teachers, which see the ground truth, and of the student beside them.
+
+        Args:
+            batched_inputs: as in :meth:`forward`, with ``instances`` in evaluation too.
+            names: of the branches, among :attr:`branch_names`; no other is decoded.
+
+        Returns:
+            By branch, what :meth:`forward` returns in evaluation.
+        """
+        images = self.preprocess(batched_inputs)
+        targets = self.prepare_targets(batched_inputs)
+        memory = self.encode(self.extract(images), targets)
+        queries = self.queries(memory.of_branch(STUDENT.name))  # the same in all branches
+        results = {}
+        for name in names:
+            predictions = self.predict(self.decode(memory.of_branch(name), queries))
+            results[name] = self.inference(predictions, images.image_sizes, batched_inputs)
+        return results
+
     def preprocess(self, batched_inputs: list[dict]) -> ImageList:
         """Normalise the images and pad them at the bottom and right with zeros."""
         for index, item in enumerate(batched_inputs):
@@ -136,9 +169,7 @@ class Detector(nn.Module):
         targets = []
         for index, item in enumerate(batched_inputs):
             if "instances" not in item:
-                raise ValueError(
-                    f"image {index} of the batch has no 'instances', needed in training"
-                )
+                raise ValueError(f"image {index} of the batch has no 'instances', its ground truth")
             instances = item["instances"]
             height, width = instances.image_size
             labels = instances.gt_classes
@@ -160,7 +191,7 @@ class Detector(nn.Module):
 
     def extract(self, images: ImageList) -> FeatureMaps:
         """Backbone, projection to the transformer's width, padding masks and positions."""
-        levels = tuple(self.project(self.backbone(images.tensor)))
+        levels = tuple(self.project(self.backbone(laid_out(images.tensor))))
         padding = self._padding(images)
         masks = [
             _no_padding(level) if padding is None else _resize_mask(padding, level)
@@ -187,8 +218,19 @@ class Detector(nn.Module):
         return self.transformer.encoder(features, targets)
 
     def queries(self, memory: Memory, targets: Targets | None = None) -> Queries:
-        """The queries that detect, for every row of the memory; some learn from noised targets."""
-        raise NotImplementedError
+        """The queries that detect in every image; some learn from noised targets."""
+        return self.start(self.learned_queries(), memory)
+
+    def learned_queries(self) -> LearnedQueries:
+        """The queries that detect, before any image is seen."""
+        raise NotImplementedError(f"{type(self).__name__} learns no queries")
+
+    def start(self, learned: LearnedQueries, memory: Memory) -> Queries:
+        """Queries for every image of the memory; they need not be this detector's own."""
+        images = memory.batch
+        return Queries(
+            learned.content.expand(images, -1, -1), learned.position.expand(images, -1, -1)
+        )
 
     def decode(
         self, memory: Memory, queries: Queries, attention: AttentionMaps | None = None
@@ -197,43 +239,48 @@ class Detector(nn.Module):
         return self.transformer.decoder(queries, memory, attention)
 
     def predict(self, output: DecoderOutput) -> Predictions:
-        """Apply the class and box heads to every decoder layer; boxes start from the references."""
+        """Apply the heads to every group's decoder states; boxes start from the references."""
         with torch.autocast(output.states.device.type, enabled=False):
-            states = output.states.to(next(self.class_embed.parameters()).dtype)  # float32 in AMP
-            boxes = self.boxes(apply_heads(self.bbox_embed, states), output)
-            logits = apply_heads(self.class_embed, states)
-        predictions = Predictions(logits, boxes, output.branches, proposals=output.proposals)
+            states = output.of_groups(output.states)
+            states = states.to(next(self.class_embed.parameters()).dtype)  # float32 in AMP
+            boxes = self.boxes(apply_heads(self.bbox_embed, states, output.groups), output)
+            logits = apply_heads(self.class_embed, states, output.groups)
+        predictions = Predictions(logits, boxes, output.groups, proposals=output.proposals)
         return split_denoised(predictions, output.denoising)
 
     def boxes(self, offsets: Tensor, output: DecoderOutput) -> Tensor:
-        """Boxes (L, R * B, N, 4) from what the box heads say about the references."""
-        return decode_boxes(offsets, output.references)
+        """Boxes (G, B, N, 4) from what the box heads say about the references."""
+        return decode_boxes(offsets, output.group_references)
 
-    def losses(self, predictions: Predictions, targets: Targets) -> dict[str, Tensor]:
-        """Weighted losses, named ``loss_<kind>[_dn | _enc][_<branch>][_<decoder layer>]``."""
+    def losses(
+        self, predictions: Predictions, targets: Targets, matches: Matches | None = None
+    ) -> dict[str, Tensor]:
+        """Weighted losses, named ``loss_<kind>[_dn | _enc][_<branch>][_<decoder layer>]``.
+
+        Args:
+            predictions: as :meth:`predict` returns them.
+            targets: ground truth of the B images.
+            matches: of all groups of predictions; None to find them.
+        """
         num_boxes = average_num_boxes(targets, self.device)
-        groups = self._groups(predictions)
-        logits, boxes = self._stack(predictions, groups)
-        matches = self.criterion.match(logits, boxes, targets)
-        parts = {"": self.criterion.group_losses(logits, boxes, targets, matches, num_boxes)}
+        supervised = self._supervised(predictions)
+        if matches is not None:
+            known = predictions.groups
+            matches = matches.of_groups([known.index(group) for group in supervised.groups])
+        losses = self._matched_losses("", supervised, targets, num_boxes, matches)
         if predictions.denoised is not None and predictions.denoising is not None:
-            denoising = predictions.denoising
-            parts["_dn"] = self.criterion.group_losses(
-                *self._stack(predictions.denoised, groups),
+            denoised, denoising = self._supervised(predictions.denoised), predictions.denoising
+            parts = self.criterion.group_losses(
+                denoised.logits,
+                denoised.boxes,
                 targets,
-                denoising.matches.for_groups(len(groups)),
+                denoising.matches.for_groups(len(denoised.groups)),
                 num_boxes * denoising.groups,
             )
-        losses = {}
-        last = predictions.logits.shape[0] - 1
-        for suffix, part in parts.items():
-            for kind, values in part.items():
-                for (branch, layer), value in zip(groups, values.unbind(), strict=True):
-                    name = kind + suffix + ("" if layer == last else f"_{layer}")
-                    weight = self._loss_weight(name)
-                    losses[_branch_name(name, predictions.branches[branch])] = value * weight
-        if predictions.proposals is not None:
-            losses |= self._proposal_losses(predictions.proposals, targets, num_boxes)
+            losses |= self._weighted("_dn", parts, denoised.groups)
+        if predictions.proposals is not None:  # for which every target is of the first class
+            targets = [t | {"labels": torch.zeros_like(t["labels"])} for t in targets]
+            losses |= self._matched_losses("_enc", predictions.proposals, targets, num_boxes)
         return losses
 
     def inference(
@@ -289,41 +336,44 @@ class Detector(nn.Module):
             mask[row, :height, :width] = 0
         return mask
 
-    def _proposal_losses(
-        self, proposals: Predictions, targets: Targets, num_boxes: float
+    def _supervised(self, predictions: Predictions) -> Predictions:
+        """Predictions of the groups that have losses."""
+        if self.aux_loss:
+            return predictions
+        last = predictions.groups[-1].layer
+        kept = [place for place, group in enumerate(predictions.groups) if group.layer == last]
+        return Predictions(
+            predictions.logits[kept],
+            predictions.boxes[kept],
+            tuple(predictions.groups[place] for place in kept),
+        )
+
+    def _matched_losses(
+        self,
+        suffix: str,
+        predictions: Predictions,
+        targets: Targets,
+        num_boxes: float,
+        matches: Matches | None = None,
     ) -> dict[str, Tensor]:
-        """Losses of the encoder's detections, for which every target is of the first class."""
-        targets = [target | {"labels": torch.zeros_like(target["labels"])} for target in targets]
-        groups = [(index, 0) for index in range(len(proposals.branches))]
-        logits, boxes = self._stack(proposals, groups)
-        matches = self.criterion.match(logits, boxes, targets)
-        losses = {}
-        part = self.criterion.group_losses(logits, boxes, targets, matches, num_boxes)
-        for kind, values in part.items():
-            for branch, value in zip(proposals.branches, values.unbind(), strict=True):
-                name = f"{kind}_enc"
-                losses[_branch_name(name, branch)] = value * self._loss_weight(name)
+        """Weighted losses of predictions whose targets are to be found, unless they are known."""
+        logits, boxes = predictions.logits, predictions.boxes
+        if matches is None:
+            matches = self.criterion.match(logits, boxes, targets)
+        parts = self.criterion.group_losses(logits, boxes, targets, matches, num_boxes)
+        return self._weighted(suffix, parts, predictions.groups)
+
+    def _weighted(
+        self, suffix: str, parts: dict[str, Tensor], groups: Sequence[Group]
+    ) -> dict[str, Tensor]:
+        """Name and weigh the criterion's losses (G,)."""
+        losses, last = {}, groups[-1].layer
+        for kind, values in parts.items():
+            for (branch, layer), value in zip(groups, values.unbind(), strict=True):
+                name = kind + suffix + ("" if layer == last else f"_{layer}")
+                weight = self._loss_weight(name) * branch.loss_weight
+                losses[_branch_name(name, branch)] = value * weight
         return losses
-
-    def _groups(self, predictions: Predictions) -> list[tuple[int, int]]:
-        """(branch, layer) of all predictions that are supervised."""
-        layers = predictions.logits.shape[0]
-        return [
-            (index, layer)
-            for index, branch in enumerate(predictions.branches)
-            for layer in range(layers)
-            if layer == layers - 1 or (self.aux_loss and branch.aux_loss)
-        ]
-
-    @staticmethod
-    def _stack(predictions: Predictions, groups: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        """Logits (G, B, N, K) and boxes (G, B, N, 4) of the groups."""
-        stacked = []
-        for tensor in (predictions.logits, predictions.boxes):
-            branches = tensor.unflatten(1, (len(predictions.branches), -1)).unbind(1)
-            parts = [branches[branch][layer] for branch, layer in groups]
-            stacked.append(torch.stack(parts))
-        return stacked[0], stacked[1]
 
     def _loss_weight(self, name: str) -> float:
         weights: dict[str, float] = self.criterion.weight_dict  # type: ignore[assignment]

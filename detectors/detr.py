@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .attention import QueryCrossAttention, QuerySelfAttention
 from .detector import Detector
-from .structures import AttentionMaps, DecoderOutput, Memory, Queries, Targets
+from .structures import AttentionMaps, DecoderOutput, LearnedQueries, Memory, Queries
 from .transformer import feed_forward
 
 
@@ -48,7 +48,7 @@ class DETRDecoderLayer(nn.Module):
         padding_mask: Tensor | None,
         attention: AttentionMaps | None = None,
     ) -> Tensor:
-        """Content (R * B, N, C) to the same; ``memory_position`` is (R * B, S, C)."""
+        """Content (B or R * B, N, C) to (R * B, N, C); ``memory_position`` is (B, S, C)."""
         self_maps = None if attention is None else attention.self_attention
         cross_maps = None if attention is None else attention.cross_attention
         self_attention, cross_attention = self.attentions
@@ -102,12 +102,12 @@ class DETRDecoder(nn.Module):
         self, queries: Queries, memory: Memory, attention: AttentionMaps | None = None
     ) -> DecoderOutput:
         """Decode all branches at once; states are post-normed, boxes start from nothing."""
-        positions, padding = memory.for_branches(memory.positions), memory.padding_mask
+        padding = memory.padding_mask
         if padding is not None:
             padding = memory.for_branches(padding)
         content, states = queries.content, []
         for layer in self.layers:
-            content = layer(content, queries, memory, positions, padding, attention)
+            content = layer(content, queries, memory, memory.positions, padding, attention)
             states.append(self.post_norm_layer(content))
         return DecoderOutput(
             torch.stack(states), None, memory.branches, attention, queries.denoising
@@ -121,7 +121,7 @@ class SingleScaleDetector(Detector):
     cross entropy one more for the background.
 
     Args:
-        in_channels: channels of the last of ``in_features``.
+        in_channels: channels of the last of ``in_features``; None where a subclass projects maps.
         embed_dim: C.
         detector: the arguments of :class:`~detectors.detector.Detector`.
     """
@@ -129,9 +129,10 @@ class SingleScaleDetector(Detector):
     zero_offsets: ClassVar[bool] = True
     """Whether, before any training, boxes are exactly the references that they start from."""
 
-    def __init__(self, *, in_channels: int, embed_dim: int, **detector):
+    def __init__(self, *, in_channels: int | None, embed_dim: int, **detector):
         super().__init__(**detector)
-        self.input_proj = nn.Conv2d(in_channels, embed_dim, kernel_size=1)
+        if in_channels is not None:
+            self.input_proj = nn.Conv2d(in_channels, embed_dim, kernel_size=1)
         background = self.criterion.loss_class_type == "ce_loss"
         self.class_embed = nn.Linear(embed_dim, self.num_classes + background)
         self.bbox_embed = MLP(embed_dim, embed_dim, 4, 3)
@@ -162,7 +163,7 @@ class DETR(SingleScaleDetector):
         super().__init__(embed_dim=embed_dim, **detector)
         self.query_embed = nn.Embedding(num_queries, embed_dim)
 
-    def queries(self, memory: Memory, targets: Targets | None = None) -> Queries:
-        """Learned positions with empty content, for every row of the memory."""
-        position = self.query_embed.weight.expand(memory.tokens.shape[0], -1, -1)
-        return Queries(content=torch.zeros_like(position), position=position)
+    def learned_queries(self) -> LearnedQueries:
+        """Positions with empty content."""
+        position = self.query_embed.weight
+        return LearnedQueries(torch.zeros_like(position), position)

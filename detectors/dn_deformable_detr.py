@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .deformable_detr import DeformableDecoder, DeformableDetector
 from .denoising import DenoisingQueries
-from .structures import Memory, Queries, Targets
+from .structures import LearnedQueries, Memory, Queries, Targets, repeat_rows
 
 
 class DNDeformableDecoder(DeformableDecoder):
@@ -32,6 +32,8 @@ class DNDeformableDecoder(DeformableDecoder):
         super().__init__(embed_dim, *decoder, **named)
         self.embed_unpadded_in_training = embed_unpadded_in_training
         self.query_scale = MLP(embed_dim, embed_dim, embed_dim, 2)
+        if len(self.layers) == 1:
+            self.query_scale.requires_grad_(False)  # it scales from the second layer on
         self.ref_point_head = MLP(2 * embed_dim, embed_dim, embed_dim, 2)
 
     def query_position(
@@ -42,13 +44,15 @@ class DNDeformableDecoder(DeformableDecoder):
         references: Tensor,
         on_levels: Tensor,
     ) -> Tensor:
-        """Embedded boxes (R * B, N, C), scaled by the content."""
+        """Embedded boxes (B or R * B, N, C), scaled by the content."""
         if self.training and not self.embed_unpadded_in_training:
             references = on_levels[:, :, 0]
         sine = get_sine_pos_embed(references, self.embed_dim // 2)
         position = self.ref_point_head(sine)
         # the first layer's content is the same in all queries
-        return position if index == 0 else self.query_scale(content) * position
+        if index == 0:
+            return position
+        return self.query_scale(content) * repeat_rows(position, content)
 
 
 class DNDeformableDETR(DeformableDetector):
@@ -94,10 +98,18 @@ class DNDeformableDETR(DeformableDetector):
 
     def queries(self, memory: Memory, targets: Targets | None = None) -> Queries:
         """Learned content and anchors; in training noised targets come before them."""
-        rows = memory.tokens.shape[0]
+        queries = super().queries(memory)
+        if targets is None:
+            return queries
+        queries = self.denoising_generator.prepend(queries, targets)
+        return replace(queries, references=queries.position.sigmoid())
+
+    def learned_queries(self) -> LearnedQueries:
+        """Contents and anchors."""
         content = F.pad(self.tgt_embed.weight, (0, int(self.with_indicator)))
-        content = content.expand(rows, -1, -1)
-        queries = Queries(content, self.refpoint_embed.weight.expand(rows, -1, -1))
-        if targets is not None:
-            queries = self.denoising_generator.prepend(queries, memory, targets)
+        return LearnedQueries(content, self.refpoint_embed.weight)
+
+    def start(self, learned: LearnedQueries, memory: Memory) -> Queries:
+        """Queries for every image of the memory; they refer to their anchors."""
+        queries = super().start(learned, memory)
         return replace(queries, references=queries.position.sigmoid())

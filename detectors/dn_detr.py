@@ -55,4 +55,4 @@ class DNDETR(DABDETR):
         queries = super().queries(memory)
         if targets is None:
             return queries
-        return self.denoising_generator.prepend(queries, memory, targets)
+        return self.denoising_generator.prepend(queries, targets)

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from detrex.utils import inverse_sigmoid
 from torch import Tensor, nn
 
-from .structures import Denoising, Predictions
+from .structures import Denoising, Group, Predictions, repeat_rows
 
 
-def apply_heads(heads: nn.Module, states: Tensor) -> Tensor:
-    """Apply one head to all layers' states (L, R * B, N, C), or each of a list to its layer."""
+def apply_heads(heads: nn.Module, states: Tensor, groups: Sequence[Group]) -> Tensor:
+    """Apply one head to all groups' states (G, B, N, C), or each of a list to its decoder layer."""
     if not isinstance(heads, nn.ModuleList):
         return heads(states)
-    return torch.stack([head(state) for head, state in zip(heads, states, strict=False)])
+    return torch.stack(
+        [heads[group.layer](state) for state, group in zip(states, groups, strict=True)]
+    )
 
 
-def decode_boxes(offsets: Tensor, references: Tensor | None) -> Tensor:
+def decode_boxes(offsets: Tensor, references: Tensor | None, epsilon: float = 1e-3) -> Tensor:
     """Boxes (..., 4) cxcywh in [0, 1] from offsets to the logits of references.
 
     Args:
         offsets: (..., 4).
-        references: (..., 2 or 4) in [0, 1]; what they lack, or all if None, starts from 0.5.
+        references: (..., 2 or 4) in [0, 1]; what they lack, or all if None, starts from 0.5. They
+            are repeated along the first axis as :func:`~detectors.structures.repeat_rows` does.
     """
     if references is None:
         return offsets.sigmoid()
-    start = inverse_sigmoid(references.to(offsets.dtype))
+    start = repeat_rows(inverse_sigmoid(references.to(offsets.dtype), epsilon), offsets)
     if start.shape[-1] == 4:
         return (offsets + start).sigmoid()
     return torch.cat([offsets[..., :2] + start, offsets[..., 2:]], dim=-1).sigmoid()
@@ -37,11 +42,11 @@ def split_denoised(predictions: Predictions, denoising: Denoising | None) -> Pre
         return predictions
     logits, boxes = predictions.logits, predictions.boxes
     count = denoising.count
-    denoised = Predictions(logits[:, :, :count], boxes[:, :, :count], predictions.branches)
+    denoised = Predictions(logits[:, :, :count], boxes[:, :, :count], predictions.groups)
     return Predictions(
         logits[:, :, count:],
         boxes[:, :, count:],
-        predictions.branches,
+        predictions.groups,
         denoised,
         denoising,
         predictions.proposals,

@@ -2,35 +2,25 @@
 
 One alphabet of shapes throughout: B images, R branches, L decoder layers, N queries, S memory
 tokens, C channels, H heads, K classes, V levels (feature maps). Stacked branches share the batch
-axis, branch-major: rows ``[r * B, (r + 1) * B)`` belong to branch ``r``.
+axis, branch-major: rows ``[r * B, (r + 1) * B)`` belong to branch ``r``. What is still equal in all
+branches may have B rows instead; :func:`repeat_rows` repeats it where it meets what is not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Result = TypeVar("Result")
+from .grid import LevelGrid, computed_once, level_grid
 
 
-class computed_once(Generic[Result]):
-    """A property that keeps its value; unlike ``functools.cached_property`` it can be compiled."""
-
-    def __init__(self, compute: Callable[[Any], Result]):
-        self.compute = compute
-        self.__doc__ = compute.__doc__
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    def __get__(self, instance: Any, owner: type | None = None) -> Result:
-        value = self.compute(instance)
-        instance.__dict__[self.name] = value  # found first from now on
-        return value
+def repeat_rows(tensor: Tensor, like: Tensor) -> Tensor:
+    """Repeat a tensor (B, ...) for the R * B rows of another; as it is if it has as many."""
+    count = like.shape[0] // tensor.shape[0]
+    return tensor if count == 1 else tensor.repeat(count, *(1,) * (tensor.dim() - 1))
 
 
 Targets = list[dict[str, Tensor]]
@@ -43,14 +33,33 @@ class Branch:
 
     Attributes:
         name: suffix of the branch's losses; the student's carry none.
-        aux_loss: whether the decoder layers before the last are supervised too.
+        aux_loss: whether the decoder layers before the last are supervised too. If not, they
+            predict nothing.
+        loss_weight: factor of the branch's losses.
     """
 
     name: str
     aux_loss: bool = True
+    loss_weight: float = 1.0
 
 
 STUDENT = Branch("student")
+
+
+class Group(NamedTuple):
+    """What is matched by itself: the predictions of a decoder layer in a branch."""
+
+    branch: Branch
+    layer: int
+
+
+def groups_of(branches: tuple[Branch, ...], num_layers: int) -> tuple[Group, ...]:
+    """The groups that predict, the layers of the first branch first."""
+    return tuple(
+        Group(branch, layer)
+        for branch in branches
+        for layer in range(0 if branch.aux_loss else num_layers - 1, num_layers)
+    )
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,20 @@ class FeatureMaps:
         """(h, w) of every level."""
         return tuple((level.shape[-2], level.shape[-1]) for level in self.levels)
 
+    def sizes(self) -> Tensor:
+        """The images' sizes in pixels before padding, (B, 2) as (h, w), in float32 or float64."""
+        level = self.levels[0]
+        precise = torch.promote_types(level.dtype, torch.float32)
+        return torch.tensor(self.image_sizes, dtype=precise, device=level.device)
+
+    def with_level_embeds(self, embeds: Tensor) -> FeatureMaps:
+        """The same with its level's embedding, one of (V, C), added to every position."""
+        positions = tuple(
+            position + embed[:, None, None]
+            for position, embed in zip(self.positions, embeds, strict=True)
+        )
+        return replace(self, positions=positions)
+
     def tokens(self) -> Tensor:
         """Level-major, row-major tokens (B, S, C)."""
         return _to_tokens(self.levels)
@@ -96,81 +119,31 @@ def _to_tokens(maps: tuple[Tensor, ...]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class LevelGrid:
-    """Where the cells of padded levels lie; computed when asked for, once.
-
-    Attributes:
-        spatial_shapes: (h, w) of every level.
-        padding_mask: (B, S), True on padding; None without padding.
-        batch: B.
-        device: where the results live, in float32.
-    """
-
-    spatial_shapes: tuple[tuple[int, int], ...]
-    padding_mask: Tensor | None
-    batch: int
-    device: torch.device
-
-    @computed_once
-    def unpadded_sizes(self) -> Tensor:
-        """Cells of every level that are not padding, (B, V, 2) as (w, h)."""
-        if self.padding_mask is None:
-            return self._sizes().expand(self.batch, -1, -1)
-        sizes = []
-        areas = [height * width for height, width in self.spatial_shapes]
-        for mask, shape in zip(self.padding_mask.split(areas, 1), self.spatial_shapes, strict=True):
-            free = ~mask.unflatten(1, shape)
-            sizes.append(torch.stack([free[:, 0].sum(-1), free[:, :, 0].sum(-1)], dim=-1))
-        return torch.stack(sizes, dim=1).float()
-
-    @computed_once
-    def valid_ratios(self) -> Tensor:
-        """Share of every level's width and height that is not padding, (B, V, 2)."""
-        return self.unpadded_sizes / self._sizes()
-
-    @computed_once
-    def centers(self) -> Tensor:
-        """Centres of all cells as (x, y), (B, S, 2), in [0, 1] within the unpadded image."""
-        centers = []
-        for level, (height, width) in enumerate(self.spatial_shapes):
-            y, x = (
-                torch.arange(length, dtype=torch.float32, device=self.device) + 0.5
-                for length in (height, width)
-            )
-            cells = torch.stack([x.repeat(height), y.repeat_interleave(width)], dim=-1)
-            centers.append(cells / self.unpadded_sizes[:, None, level])
-        return torch.cat(centers, dim=1)
-
-    @computed_once
-    def reference_points(self) -> Tensor:
-        """The cells' centres in the padded coordinates of every level, (B, S, V, 2)."""
-        return self.centers[:, :, None] * self.valid_ratios[:, None]
-
-    def _sizes(self) -> Tensor:
-        sizes = [(width, height) for height, width in self.spatial_shapes]
-        return torch.tensor(sizes, dtype=torch.float32, device=self.device)
-
-
-@dataclass(frozen=True)
 class EncoderContext:
     """What an encoder layer may look at beside the tokens.
 
     Attributes:
-        positions: (B, S, C) position encoding of the tokens.
+        positions: (B or R * B, S, C) position encoding of the tokens.
         padding_mask: (B, S), True on padding; None without padding.
         features: the feature maps that the tokens come from.
         targets: ground truth, in training only.
+        branches: the R branches of the layer's input, the student first.
     """
 
     positions: Tensor
     padding_mask: Tensor | None
     features: FeatureMaps
     targets: Targets | None = None
+    branches: tuple[Branch, ...] = (STUDENT,)
+
+    def padding_of(self, tokens: Tensor) -> Tensor | None:
+        """Padding mask of every row of tokens (R * B, S, C), or None."""
+        return None if self.padding_mask is None else repeat_rows(self.padding_mask, tokens)
 
     @computed_once
     def grid(self) -> LevelGrid:
         """Where the tokens lie."""
-        return _grid(self.features.spatial_shapes, self.padding_mask, self.positions)
+        return level_grid(self.features.spatial_shapes, self.padding_mask, self.positions)
 
 
 @dataclass(frozen=True)
@@ -196,19 +169,23 @@ class Memory:
     @computed_once
     def grid(self) -> LevelGrid:
         """Where the tokens lie."""
-        return _grid(self.spatial_shapes, self.padding_mask, self.positions)
+        return level_grid(self.spatial_shapes, self.padding_mask, self.positions)
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return self.positions.shape[0]
+
+    def of_branch(self, name: str) -> Memory:
+        """One branch's tokens (B, S, C), to be decoded as if they were the student's."""
+        index = [branch.name for branch in self.branches].index(name)
+        return replace(
+            self, tokens=self.tokens.chunk(len(self.branches))[index], branches=(STUDENT,)
+        )
 
     def for_branches(self, per_image: Tensor) -> Tensor:
         """Repeat a tensor (B, ...) for every branch: (R * B, ...)."""
-        if len(self.branches) == 1:
-            return per_image
-        return per_image.repeat(len(self.branches), *(1,) * (per_image.dim() - 1))
-
-
-def _grid(
-    spatial_shapes: tuple[tuple[int, int], ...], padding_mask: Tensor | None, positions: Tensor
-) -> LevelGrid:
-    return LevelGrid(spatial_shapes, padding_mask, positions.shape[0], positions.device)
+        return repeat_rows(per_image, self.tokens)
 
 
 @dataclass(frozen=True)
@@ -228,6 +205,10 @@ class Matches:
     def select(self, predictions: Tensor) -> Tensor:
         """The matched entries of predictions (G, B, N, ...): (G, M, ...)."""
         return predictions[self.index]
+
+    def of_groups(self, picked: slice | list[int]) -> Matches:
+        """The matches of some of the groups."""
+        return Matches(self.images, self.queries[picked], self.targets[picked])
 
     def for_groups(self, count: int) -> Matches:
         """The matches of one group as those of several."""
@@ -256,17 +237,30 @@ class Denoising:
 
 
 @dataclass(frozen=True)
-class Queries:
-    """Decoder input.
+class LearnedQueries:
+    """What a detector's queries are before it sees an image.
 
     Attributes:
-        content: (R * B, N, C).
-        position: (R * B, N, C) learned position embedding; or an anchor's logits (R * B, N, 2 or 4)
-            in detectors whose positions are computed from anchors; or AdaMixer's (R * B, N, 4).
+        content: (N, C).
+        position: (N, C) or what else :class:`Queries` says.
+    """
+
+    content: Tensor
+    position: Tensor
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Decoder input, which is the same in all branches.
+
+    Attributes:
+        content: (B, N, C).
+        position: (B, N, C) learned position embedding; or an anchor's logits (B, N, 2 or 4) in
+            detectors whose positions are computed from anchors; or AdaMixer's (B, N, 4).
         attention_mask: (N, N) for self-attention, True where attending is forbidden.
         denoising: which of the queries are noised targets.
-        references: (R * B, N, 2 or 4) in [0, 1], as (x, y[, w, h]), where a deformable decoder
-            starts from; None in decoders that make their own of the positions.
+        references: (B, N, 2 or 4) in [0, 1], as (x, y[, w, h]), where a deformable decoder starts
+            from; None in decoders that make their own of the positions.
         proposals: the encoder's own detections in two-stage detectors.
     """
 
@@ -282,16 +276,20 @@ class Queries:
 class AttentionMaps:
     """Collects attention weights after the softmax and before dropout, one entry a layer.
 
+    The first layer's self-attention sees the same queries in all branches and has B rows.
+
     Attributes:
         self_attention: L maps (R * B, H, N, N).
         cross_attention: L maps (R * B, H, N, S).
         sampling: in deformable decoders, instead, L pairs of locations (R * B, N, H, V, P, 2) as
             (x, y) in [0, 1] within each padded level, and their weights (R * B, N, H, V, P).
+        gaussian: where Gaussians modulate the cross-attention, L log priors (R * B, H, N, S).
     """
 
     self_attention: list[Tensor] = field(default_factory=list)
     cross_attention: list[Tensor] = field(default_factory=list)
     sampling: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    gaussian: list[Tensor] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -300,13 +298,14 @@ class DecoderOutput:
 
     Attributes:
         states: (L, R * B, N, C).
-        references: (L or 1, R * B, N, 2 or 4) in [0, 1], as (x, y[, w, h]); or AdaMixer's
-            positions; None if boxes start from nothing.
+        references: (L, R * B, N, 2 or 4) in [0, 1], as (x, y[, w, h]), or (1, B, N, 2 or 4) where
+            all layers and branches share them; or AdaMixer's positions; None if boxes start from
+            nothing.
         branches: the R branches, the student first.
         attention: attention maps if they were asked for.
         denoising: which of the queries are noised targets.
         proposals: the encoder's own detections in two-stage detectors.
-        image_sizes: (R * B, 2) as (h, w) in pixels if the references are in pixels.
+        image_sizes: (B, 2) as (h, w) in pixels if the references are in pixels.
     """
 
     states: Tensor
@@ -317,29 +316,58 @@ class DecoderOutput:
     proposals: Predictions | None = None
     image_sizes: Tensor | None = None
 
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The G groups that predict."""
+        return groups_of(self.branches, self.states.shape[0])
+
+    @property
+    def group_references(self) -> Tensor | None:
+        """The references of the groups (G or 1, B, N, 2 or 4)."""
+        if self.references is None or self.references.shape[1] != self.states.shape[1]:
+            return self.references
+        return self.of_groups(self.references)
+
+    def of_groups(self, values: Tensor) -> Tensor:
+        """What belongs to the groups, (G, B, ...), of a tensor (L, R * B, ...)."""
+        rows = values.unflatten(1, (len(self.branches), -1)).unbind(1)
+        parts = [
+            part if branch.aux_loss else part[-1:]
+            for part, branch in zip(rows, self.branches, strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
 
 @dataclass(frozen=True)
 class Predictions:
-    """Detections of every decoder layer and branch, in the precision of the heads' weights.
+    """Detections of G groups, in the precision of the heads' weights.
+
+    With the student alone there is one group for each of the L decoder layers.
 
     Attributes:
-        logits: (L, R * B, N, K).
-        boxes: (L, R * B, N, 4) cxcywh in [0, 1] of the unpadded image.
-        branches: the R branches, the student first.
+        logits: (G, B, N, K).
+        boxes: (G, B, N, 4) cxcywh in [0, 1] of the unpadded image.
+        groups: which they are, those of the student first, a branch's last layer last.
         denoised: what became of the noised targets, with D queries instead of N.
         denoising: which target each of them belongs to.
-        proposals: the encoder's own detections (1, R * B, S, ...) in two-stage detectors.
+        proposals: the encoder's own detections (1, B, S, ...) in two-stage detectors.
     """
 
     logits: Tensor
     boxes: Tensor
-    branches: tuple[Branch, ...] = (STUDENT,)
+    groups: tuple[Group, ...]
     denoised: Predictions | None = None
     denoising: Denoising | None = None
     proposals: Predictions | None = None
 
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        """The branches that the groups belong to, the student first."""
+        return tuple(dict.fromkeys(group.branch for group in self.groups))
+
     def of_branch(self, index: int) -> Predictions:
-        """The predictions of one branch: logits (L, B, N, K), boxes (L, B, N, 4)."""
-        batch = self.logits.shape[1] // len(self.branches)
-        rows = slice(index * batch, (index + 1) * batch)
-        return Predictions(self.logits[:, rows], self.boxes[:, rows], (self.branches[index],))
+        """The predictions of one branch, whose last group is the last decoder layer."""
+        branch = self.branches[index]
+        picked = [place for place, group in enumerate(self.groups) if group.branch == branch]
+        rows = slice(picked[0], picked[-1] + 1)
+        return Predictions(self.logits[rows], self.boxes[rows], self.groups[rows])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 from detrex.layers import FFN
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .structures import Branch, EncoderContext, FeatureMaps, Memory, Targets
+from .lean import ReLUDropout
+from .structures import STUDENT, Branch, EncoderContext, FeatureMaps, Memory, Targets
 
 
 class EncoderLayer(nn.Module):
@@ -43,7 +45,7 @@ class EncoderLayer(nn.Module):
         return self.attentions[0].branches(context)  # type: ignore[operator]
 
     def forward(self, tokens: Tensor, context: EncoderContext) -> Tensor:
-        """Tokens (B, S, C) to (R * B, S, C)."""
+        """Tokens of the context's branches to those of :meth:`branches`, each (R * B, S, C)."""
         tokens = self.norms[0](self.attentions[0](tokens, context))
         return self.norms[1](self.ffns[0](tokens))
 
@@ -70,26 +72,27 @@ class Encoder(nn.Module):
         """Encode all levels as one sequence; ``targets`` reach layers that learn from them."""
         tokens = features.tokens()
         context = EncoderContext(
-            features.token_positions(), features.token_padding(), features, targets
+            features.token_positions(), features.token_padding(), features, targets, (STUDENT,)
         )
-        batch = tokens.shape[0]
         for layer in self.layers:
-            tokens = tokens[:batch]  # only the student's branch goes on
             arguments = tokens, self.layer_context(tokens, context)
             if self.checkpoint_layers and self.training:
                 tokens = checkpoint(layer, *arguments, use_reentrant=False)
             else:
                 tokens = layer(*arguments)
+            branches = layer.branches(context)  # type: ignore[operator]
+            if branches != context.branches:  # else what the context has computed is kept
+                context = replace(context, branches=branches)
         return Memory(
             tokens,
             context.padding_mask,
             context.positions,
             features.spatial_shapes,
-            layer.branches(context),  # type: ignore[operator]
+            context.branches,
         )
 
     def layer_context(self, tokens: Tensor, context: EncoderContext) -> EncoderContext:
-        """What a layer may look at beside its input (B, S, C); the same in all layers here."""
+        """What a layer may look at beside its input (R * B, S, C); the same in all layers here."""
         return context
 
 
@@ -118,6 +121,9 @@ class Transformer(nn.Module):
 def feed_forward(
     embed_dim: int, feedforward_dim: int, dropout: float, activation: nn.Module | None
 ) -> FFN:
-    """A feed-forward network with residual and its own copy of the activation."""
-    activation = nn.ReLU(inplace=True) if activation is None else copy.deepcopy(activation)
-    return FFN(embed_dim, feedforward_dim, ffn_drop=dropout, activation=activation)
+    """A feed-forward network with residual and its own copy of the activation, by default ReLU."""
+    hidden = ReLUDropout(dropout) if activation is None else copy.deepcopy(activation)
+    network = FFN(embed_dim, feedforward_dim, ffn_drop=dropout, activation=hidden)
+    if activation is None:
+        network.layers[0][2] = nn.Identity()  # what drops is the activation
+    return network

@@ -118,9 +118,11 @@ class MultiScaleDeformableAttention(nn.Module):
             output = output.transpose(0, 1)
         return self.dropout(output) + identity
 
-    def project_value(self, value: Tensor, key_padding_mask: Tensor | None) -> Tensor:
-        """(B, S, H, D) of (B, S, C), zero on padding."""
-        value = self.value_proj(value)
+    def project_value(
+        self, value: Tensor, key_padding_mask: Tensor | None, layer: nn.Module | None = None
+    ) -> Tensor:
+        """(B, S, H, D) of (B, S, C), zero on padding; ``layer`` stands in for ``value_proj``."""
+        value = (layer or self.value_proj)(value)
         if key_padding_mask is not None:
             sizes = {"B": value.shape[0], "S": value.shape[1]}
             match_shape("key_padding_mask", key_padding_mask, "B S", sizes)
@@ -157,7 +159,7 @@ class MultiScaleDeformableAttention(nn.Module):
         repeated = per_level.unsqueeze(-2).expand(*per_level.shape[:-1], self.num_points, 2)
         return repeated.flatten(-3).unsqueeze(-2)
 
-    def sampling_weights(self, query: Tensor) -> Tensor:
-        """Attention weights (B, N, H, V, P) of queries (B, N, C)."""
-        logits = self.attention_weights(query).unflatten(-1, (self.num_heads, -1))
+    def sampling_weights(self, query: Tensor, layer: nn.Module | None = None) -> Tensor:
+        """Weights (B, N, H, V, P) of queries (B, N, C), or those of another layer's logits."""
+        logits = (layer or self.attention_weights)(query).unflatten(-1, (self.num_heads, -1))
         return logits.softmax(-1).unflatten(-1, (self.num_levels, self.num_points))

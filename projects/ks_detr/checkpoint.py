@@ -6,7 +6,11 @@ import re
 
 from torch import Tensor
 
-_PACKED = re.compile(r"(.*\.attentions\.0\.)attn\.(in_proj_(?:weight|bias))")
+_SHARING = re.compile(
+    r"(?P<attention>.*\.attentions\.0\.)"
+    r"(?:attn\.(?P<packed>in_proj_(?:weight|bias))"
+    r"|(?P<teacher>attention_weights|value_proj)_teacher\.(?P<kind>weight|bias))"
+)
 _RELEASED_MLP = "ksgt.smlp_module.token_split_conv.linear.0."
 
 
@@ -16,10 +20,11 @@ def plain_state_dict(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_released(state: dict[str, Tensor], prefix: str = "transformer.encoder.") -> dict:
-    """Rename a state dict of the released KS-DETR (dense attention) to this project's keys.
+    """Rename a state dict of the released KS-DETR to this project's keys.
 
-    The release packs the teacher's projections below the student's in one ``in_proj`` matrix and
-    keeps the sMLP beside the transformer.
+    The release packs the projections of a dense teacher below the student's in one ``in_proj``
+    matrix, keeps those of a deformable one beside the student's, and the sMLP beside the
+    transformer.
 
     Args:
         state: the released keys.
@@ -33,13 +38,17 @@ def from_released(state: dict[str, Tensor], prefix: str = "transformer.encoder."
     teacher = f"{prefix}layers.{max(layers)}.attentions.0.teacher."
     converted = {}
     for key, value in state.items():
-        packed = _PACKED.fullmatch(key)
+        found = _SHARING.fullmatch(key) if key.startswith(prefix) else None
         if key.startswith(_RELEASED_MLP):
-            converted[teacher + "features.linear." + key[len(_RELEASED_MLP) :]] = value
-        elif packed and key.startswith(teacher.removesuffix("teacher.")):
-            student_rows = 3 * state[f"{packed.group(1)}attn.out_proj.weight"].shape[0]
-            converted[key] = value[:student_rows]
-            converted[f"{packed.group(1)}teacher.{packed.group(2)}"] = value[student_rows:]
+            converted[f"{teacher}features.linear.{key[len(_RELEASED_MLP) :]}"] = value
+        elif found and found["packed"]:
+            student = 3 * state[f"{found['attention']}attn.out_proj.weight"].shape[0]
+            converted[key] = value[:student]
+            if len(value) > student:
+                converted[f"{found['attention']}teacher.{found['packed']}"] = value[student:]
+        elif found:
+            name = f"{found['teacher']}.{found['kind']}"
+            converted[f"{found['attention']}teacher.{name}"] = value
         else:
             converted[key] = value
     return converted

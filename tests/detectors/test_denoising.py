@@ -9,7 +9,7 @@ from tiny_dab import build_recorded
 from tiny_detectors import ROOT
 
 from detectors.denoising import DenoisingQueries
-from detectors.structures import Branch, Memory, Queries
+from detectors.structures import Queries
 
 
 def make_targets(sizes, num_classes=5, device="cpu"):
@@ -143,16 +143,13 @@ def test_no_value_is_read_back_from_the_device():
     assert generator.attention_mask(denoising, 6).shape == (21, 21)
 
 
-def test_branches_get_the_same_noise():
+def test_other_queries_follow_the_noised_targets():
     generator, targets = DenoisingQueries(5, 8), make_targets([2, 1])
-    tokens = torch.zeros(4, 6, 8)
-    branches = (Branch("student"), Branch("share_v"))
-    memory = Memory(tokens, None, tokens[:2], ((2, 3),), branches)
-    ordinary = Queries(torch.ones(4, 3, 8), torch.ones(4, 3, 4))
-    queries = generator.prepend(ordinary, memory, targets)
-    for part, start in ((queries.content, ordinary.content), (queries.position, ordinary.position)):
-        assert torch.equal(part[:2], part[2:])
-        assert torch.equal(part[:, 10:], start)
+    ordinary = Queries(torch.ones(2, 3, 8), torch.ones(2, 3, 4))
+    queries = generator.prepend(ordinary, targets)
+    assert torch.equal(queries.content[:, 10:], ordinary.content)
+    assert torch.equal(queries.position[:, 10:], ordinary.position)
+    assert queries.content.shape[:2] == queries.position.shape[:2] == (2, 13)
     assert queries.attention_mask.shape == (13, 13)
 
 

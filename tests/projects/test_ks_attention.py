@@ -1,4 +1,4 @@
-"""Triple and dual attention against the vectors recorded from the released implementation."""
+"""Dense triple and dual attention against the vectors recorded from the released implementation."""
 
 import json
 
@@ -8,10 +8,10 @@ import torch
 
 from detectors.attention import SelfAttention
 from detectors.structures import EncoderContext, FeatureMaps
-from detectors.transformer import Encoder, EncoderLayer
-from projects.ks_detr import attention as ks
+from projects.ks_detr import teacher
+from projects.ks_detr.attention import KnowledgeSharingAttention
 from projects.ks_detr.checkpoint import from_released
-from projects.ks_detr.encoder import share_knowledge
+from projects.ks_detr.teacher import ForegroundMark, ForegroundMLP
 
 CASES = {
     "triple": ("share_v", "share_a"),
@@ -39,8 +39,8 @@ def group(arrays, case, name):
 
 def build(case, arrays):
     weights = group(arrays, case, "w")
-    features = ks.ForegroundMark() if case == "triple_mark" else ks.ForegroundMLP(32)
-    module = ks.KnowledgeSharingAttention(SelfAttention(32, 4), features, CASES[case]).double()
+    features = ForegroundMark() if case == "triple_mark" else ForegroundMLP(32)
+    module = KnowledgeSharingAttention(SelfAttention(32, 4), features, CASES[case]).double()
     released = {
         f"layers.0.attentions.0.{key}": value for key, value in weights.items() if "attn" in key
     }
@@ -55,7 +55,8 @@ def run(module, inputs, monkeypatch):
     tokens = inputs["x"].transpose(0, 1).requires_grad_()
     positions = inputs["pos"].transpose(0, 1).requires_grad_()
     mask = inputs.get("key_padding_mask")
-    monkeypatch.setattr(ks, "foreground_mask", lambda *_: inputs["fg_mask"].transpose(0, 1).bool())
+    foreground = inputs["fg_mask"].transpose(0, 1).bool()
+    monkeypatch.setattr(teacher, "foreground_mask", lambda *_: foreground)
     features = FeatureMaps((), None, (), [], (0, 0))
     context = EncoderContext(positions, None if mask is None else mask.bool(), features, targets=[])
     return tokens, positions, context, module(tokens, context)
@@ -107,7 +108,7 @@ def test_without_ground_truth_it_is_the_plain_attention(vectors):
 def test_student_and_share_a_use_the_same_dropout_draw(monkeypatch):
     """With V^t forced equal to V, A V and A V^t agree in spite of dropout; A^t V does not."""
     torch.manual_seed(0)
-    module = ks.KnowledgeSharingAttention(SelfAttention(16, 2, dropout=0.5), ks.ForegroundMark())
+    module = KnowledgeSharingAttention(SelfAttention(16, 2, dropout=0.5), ForegroundMark())
     channels = 16
     with torch.no_grad():
         module.teacher.in_proj_weight.copy_(module.attn.in_proj_weight)
@@ -122,15 +123,4 @@ def test_student_and_share_a_use_the_same_dropout_draw(monkeypatch):
 
 def test_unknown_branch_is_refused():
     with pytest.raises(ValueError, match="share_q"):
-        ks.KnowledgeSharingAttention(SelfAttention(16, 2), ks.ForegroundMark(), ("share_q",))
-
-
-def test_only_a_plain_encoder_is_extended():
-    encoder = Encoder(EncoderLayer(SelfAttention(16, 2), feedforward_dim=8), num_layers=2)
-    share_knowledge(encoder, branches=["share_a"])
-    assert isinstance(encoder.layers[1].attentions[0], ks.KnowledgeSharingAttention)
-    assert not isinstance(encoder.layers[0].attentions[0], ks.KnowledgeSharingAttention)
-    with pytest.raises(TypeError, match="has KnowledgeSharingAttention"):
-        share_knowledge(encoder)
-    with pytest.raises(ValueError, match="'concat', expected 'smlp' or 'mark'"):
-        share_knowledge(encoder, teacher_features="concat")
+        KnowledgeSharingAttention(SelfAttention(16, 2), ForegroundMark(), ("share_q",))

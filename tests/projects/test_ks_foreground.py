@@ -22,15 +22,20 @@ def targets_of(boxes):
     return [{"boxes_xyxy": torch.as_tensor(b, dtype=torch.float32).reshape(-1, 4)} for b in boxes]
 
 
-def drawn(boxes, shapes, padded):
+def drawn(boxes, shapes, padded, sizes=None, box_padding=0, interpolation="bilinear"):
     """The released procedure: draw pixels, resize with aligned corners, keep what is not zero."""
     masks = []
-    for image_boxes in boxes:
+    sizes = [padded] * len(boxes) if sizes is None else sizes
+    aligned = True if interpolation == "bilinear" else None
+    for image_boxes, (height, width) in zip(boxes, sizes, strict=True):
         pixels = torch.zeros(1, 1, *padded)
         for x1, y1, x2, y2 in np.asarray(image_boxes, dtype=np.float32).reshape(-1, 4).astype(int):
+            if box_padding:
+                x1, x2 = max(x1 - box_padding, 0), min(x2 + box_padding, width)
+                y1, y2 = max(y1 - box_padding, 0), min(y2 + box_padding, height)
             pixels[..., y1:y2, x1:x2] = 1
         resized = [
-            F.interpolate(pixels, size=s, mode="bilinear", align_corners=True) for s in shapes
+            F.interpolate(pixels, size=s, mode=interpolation, align_corners=aligned) for s in shapes
         ]
         masks.append(torch.cat([r.flatten() for r in resized]) != 0)
     return torch.stack(masks)
@@ -63,28 +68,54 @@ def test_recorded_masks(case, reference_dir):
 
 
 @st.composite
+def spans(draw, length):
+    """Start and end within an axis: any, one pixel, empty, at the border, or all of it."""
+    kind = draw(st.sampled_from(["any", "pixel", "empty", "border", "all"]))
+    first, second = sorted(draw(st.tuples(*[st.floats(0, length, width=32)] * 2)))
+    pixel = float(draw(st.integers(0, length - 1)))
+    return {
+        "any": (first, second),
+        "pixel": (pixel, pixel + 1),
+        "empty": (first, first),
+        "border": (length - 1.0, float(length)),
+        "all": (0.0, float(length)),
+    }[kind]
+
+
+@st.composite
 def scenes(draw):
-    height, width = draw(st.integers(1, 70)), draw(st.integers(1, 70))
+    """Boxes of a padded batch, the shapes of its levels, its size and the images' sizes."""
+    padded = draw(st.integers(1, 70)), draw(st.integers(1, 70))
     shapes = draw(
         st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=1, max_size=2)
     )
-    images = []
+    images, sizes = [], []
     for _ in range(draw(st.integers(1, 3))):
+        height, width = (draw(st.integers(1, length)) for length in padded)
         boxes = []
         for _ in range(draw(st.integers(0, 4))):
-            x = sorted(draw(st.tuples(*[st.floats(0, width, width=32)] * 2)))
-            y = sorted(draw(st.tuples(*[st.floats(0, height, width=32)] * 2)))
-            boxes.append([x[0], y[0], x[1], y[1]])
+            (x1, x2), (y1, y2) = draw(spans(width)), draw(spans(height))
+            boxes.append([x1, y1, x2, y2])
         images.append(boxes)
-    return images, shapes, (height, width)
+        sizes.append((height, width))
+    return images, shapes, padded, sizes
 
 
-@settings(max_examples=200, deadline=None)
-@given(scenes())
-def test_equals_drawing_pixels(scene):
-    boxes, shapes, padded = scene
-    features = feature_maps(shapes, [padded] * len(boxes), padded)
-    assert torch.equal(foreground_mask(features, targets_of(boxes)), drawn(boxes, shapes, padded))
+@settings(max_examples=300, deadline=None)
+@given(scenes(), st.sampled_from([0, 1, 5, 16]), st.sampled_from(["bilinear", "nearest"]))
+def test_equals_drawing_pixels(scene, box_padding, interpolation):
+    boxes, shapes, padded, sizes = scene
+    features = feature_maps(shapes, sizes, padded)
+    found = foreground_mask(features, targets_of(boxes), box_padding, interpolation)
+    assert torch.equal(found, drawn(boxes, shapes, padded, sizes, box_padding, interpolation))
+
+
+def test_interpolations_differ_between_sampling_positions():
+    """Three samples of ten pixels: the corners and the middle, or the first pixel of each third."""
+    features = feature_maps([(1, 3)], [(1, 10)], (1, 10))
+    boxes = targets_of([[[9, 0, 10, 1]]])
+    assert foreground_mask(features, boxes).tolist() == [[False, False, True]]
+    assert not foreground_mask(features, boxes, interpolation="nearest").any()
 
 
 def test_images_without_boxes():

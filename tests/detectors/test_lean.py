@@ -1,0 +1,123 @@
+"""Attention and ReLU with dropout against formulas with the same draw, and what they store."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from detectors.lean import ReLUDropout, lean_attention
+
+
+def drawn(shape, p):
+    """The elements that the next draw keeps, as ReLU with dropout shows them."""
+    torch.manual_seed(0)
+    kept = ReLUDropout(p).train()(torch.ones(shape)) > 0
+    torch.manual_seed(0)
+    return kept
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.tuples(*[st.integers(1, 4)] * 6), st.sampled_from([0.0, 0.1, 0.5]), st.booleans())
+def test_attention_is_the_formula(sizes, p, masked):
+    batch, heads, queries, keys, width, channels = sizes
+    torch.manual_seed(1)
+    query, key, value = (
+        torch.randn(batch, heads, *shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((queries, width), (keys, width), (keys, channels))
+    )
+    allowed = torch.rand(batch, 1, 1, keys) > 0.5 if masked else None
+    if masked:
+        allowed[..., 0] = True
+    kept = drawn((batch, heads, queries, keys), p)
+    found = lean_attention(query, key, value, allowed, p)
+    logits = torch.einsum("bhnd,bhsd->bhns", query, key) / width**0.5
+    if masked:
+        logits = logits.where(allowed, -torch.inf)
+    weights = logits.softmax(-1) * kept / (1 - p)
+    expected = torch.einsum("bhns,bhsc->bhnc", weights, value)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    cotangent = torch.randn_like(expected)
+    inputs = query, key, value
+    torch.testing.assert_close(
+        torch.autograd.grad(found, inputs, cotangent),
+        torch.autograd.grad(expected, inputs, cotangent),
+        rtol=1e-9,
+        atol=1e-11,
+    )
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.7])
+def test_relu_dropout_is_the_formula(p):
+    values = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
+    layer = ReLUDropout(p).train()
+    kept = drawn(values.shape, p)
+    found, expected = layer(values), values.clamp(min=0) * kept / (1 - p)
+    torch.testing.assert_close(found, expected)
+    cotangent = torch.randn_like(expected)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(y, values, cotangent) for y in (found, expected))
+    )
+    assert torch.equal(layer.eval()(values), values.clamp(min=0))
+
+
+def stored_bytes(function):
+    """What autograd keeps of a call that is not one of its inputs."""
+    sizes = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: sizes.update({t.data_ptr(): t.untyped_storage().nbytes()}) or t, lambda t: t
+    ):
+        function()
+    return sum(sizes.values())
+
+
+def test_what_is_stored_is_small():
+    query, key, value = (torch.randn(1, 2, 64, 8, requires_grad=True) for _ in range(3))
+    inputs = 3 * query.nbytes
+    weights = 2 * 64 * 64
+    kept = stored_bytes(lambda: lean_attention(query, key, value, None, 0.1))
+    assert kept == inputs + weights  # a byte each
+    wide = torch.randn(1, 2, 64, 4, requires_grad=True)
+    assert stored_bytes(lambda: lean_attention(query, key, wide, None, 0.0)) < inputs + 4 * weights
+    hidden = torch.randn(64, 32, requires_grad=True)
+    assert stored_bytes(lambda: ReLUDropout(0.1).train()(hidden)) == hidden.nbytes
+
+
+def test_shares_that_are_kept():
+    torch.manual_seed(0)
+    for p in (0.1, 0.5, 0.9):
+        dropped = ReLUDropout(p).train()(torch.ones(999, 1001))
+        error = (p * (1 - p) / dropped.numel()) ** 0.5
+        assert (dropped == 0).double().mean().item() == pytest.approx(p, abs=5 * error)
+        assert dropped.max().item() == pytest.approx(1 / (1 - p))
+        zeros = (dropped == 0).double() - p
+        for shift in range(1, 9):  # neighbours are independent
+            correlation = (zeros[:, shift:] * zeros[:, :-shift]).mean().item()
+            assert abs(correlation) < 6 * p * (1 - p) / dropped.numel() ** 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast(dtype):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 9, 8, requires_grad=True) for _ in range(3))
+    torch.manual_seed(0)
+    exact = lean_attention(query, key, value, None, 0.1)
+    torch.manual_seed(0)
+    with torch.autocast("cpu", dtype):
+        found = lean_attention(query, key.to(dtype), value, None, 0.1)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), exact, rtol=0.05, atol=0.05)
+    found.float().sum().backward()
+    assert query.grad.dtype == torch.float32
+    assert torch.isfinite(query.grad).all()
+
+
+def test_compiles_in_one_graph():
+    query, key, value = (torch.randn(1, 2, 9, 8, requires_grad=True) for _ in range(3))
+    layer = ReLUDropout(0.1).train()
+
+    def run(query, key, value):
+        return layer(lean_attention(query, key, value, None, 0.1))
+
+    result = torch.compile(run, backend="aot_eager", fullgraph=True)(query, key, value)
+    result.sum().backward()
+    assert torch.isfinite(query.grad).all()
