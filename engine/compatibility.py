@@ -31,9 +31,9 @@ def check_compatible(path: str, model: nn.Module, incompatible: Any, *, strictne
         model: what it was loaded into.
         incompatible: fvcore's result, with missing_keys, unexpected_keys and incorrect_shapes.
         strictness: "resume" wants an exact fit; "evaluate" every weight of the model and beside
-            them none but training-only ones; "initialise" that either the model or the checkpoint
-            is covered, as when a backbone is loaded or a detector is started with another method's
-            weights; "partial" anything in common.
+            them none but training-only ones; "initialise" that, those aside, either the model or
+            the checkpoint is covered, as when a backbone is loaded or a detector is started with
+            another method's weights; "partial" anything in common.
 
     Raises:
         UserError: names the first keys that do not fit.
@@ -44,11 +44,11 @@ def check_compatible(path: str, model: nn.Module, incompatible: Any, *, strictne
     unexpected = [k for k in incompatible.unexpected_keys if not _IMAGENET_ONLY.search(k)]
     wanted = set(model.state_dict()) - _FROM_CONFIG
     matched = len(wanted - set(incompatible.missing_keys) - wrong)
-    surplus = [k for k in unexpected if k not in _FROM_CONFIG and not _TRAINING_ONLY.search(k)]
+    surplus = [k for k in _lasting(unexpected) if k not in _FROM_CONFIG]
     fits = {
         "resume": not (missing or unexpected or wrong),
         "evaluate": not (missing or surplus or wrong),
-        "initialise": matched > 0 and not wrong and not (missing and unexpected),
+        "initialise": matched > 0 and not wrong and not (_lasting(missing) and surplus),
         "partial": matched > 0,
     }[strictness]
     if not fits:
@@ -61,10 +61,12 @@ def check_compatible(path: str, model: nn.Module, incompatible: Any, *, strictne
             )
             + _advice(strictness)
         )
-    if strictness == "evaluate" and unexpected:
-        logger.info(
-            "%d weights only training uses were ignored: %s", len(unexpected), _first(unexpected)
-        )
+    for keys, outcome in ((unexpected, "ignored"), (missing, "not loaded but initialised")):
+        extra = [key for key in keys if _TRAINING_ONLY.search(key)]
+        if extra:
+            logger.info(
+                "%d weights only training uses were %s: %s", len(extra), outcome, ", ".join(extra)
+            )
     logger.info("%d of the model's %d weights were loaded from %s", matched, len(wanted), path)
 
 
@@ -78,6 +80,10 @@ def _describe(wrong: list[tuple], missing: list[str], unexpected: list[str]) -> 
     if unexpected:
         parts.append(f"{len(unexpected)} unknown to the model ({_first(unexpected)})")
     return "; ".join(parts) or "no weight in common"
+
+
+def _lasting(keys: list[str]) -> list[str]:
+    return [key for key in keys if not _TRAINING_ONLY.search(key)]
 
 
 def _first(items: list[str], count: int = 3) -> str:

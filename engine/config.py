@@ -13,7 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from .defaults import TRAIN_DEFAULTS
+from .defaults import EVALUATION_DEFAULTS, TRAIN_DEFAULTS
 from .errors import UserError, did_you_mean
 
 __all__ = ["apply_overrides", "load_config"]
@@ -22,7 +22,7 @@ _REQUIRED = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 
 
 def load_config(path: str, overrides: Iterable[str] = ()) -> DictConfig:
-    """Load a LazyConfig file, complete its ``train`` node with our defaults, apply overrides.
+    """Load a LazyConfig file, complete it with our defaults, apply overrides.
 
     Raises:
         UserError: no such file, it cannot be read, or lacks a node; or see :func:`apply_overrides`.
@@ -42,6 +42,9 @@ def load_config(path: str, overrides: Iterable[str] = ()) -> DictConfig:
     if absent:
         raise UserError(f"config {path} has no '{absent[0]}', expected {', '.join(_REQUIRED)}")
     config.train = OmegaConf.merge(OmegaConf.create(TRAIN_DEFAULTS), config.train)
+    config.evaluation = OmegaConf.merge(
+        OmegaConf.create(EVALUATION_DEFAULTS), config.get("evaluation", {})
+    )
     return apply_overrides(config, overrides)
 
 

@@ -1,8 +1,8 @@
-"""Settings of the ``train`` node that this project adds to detrex's."""
+"""Settings that this project adds to detrex's."""
 
 from typing import Any
 
-__all__ = ["TRAIN_DEFAULTS"]
+__all__ = ["EVALUATION_DEFAULTS", "TRAIN_DEFAULTS"]
 
 TRAIN_DEFAULTS: dict[str, Any] = {
     # "auto": CUDA where there is one, else the CPU; "cuda" on a machine without it is an error.
@@ -22,4 +22,9 @@ TRAIN_DEFAULTS: dict[str, Any] = {
     "seed": -1,
     # Also keep the weights with the highest value of this metric as model_best.pth ("" = off).
     "best_metric": "bbox/AP",
+}
+
+EVALUATION_DEFAULTS: dict[str, Any] = {
+    # Which branch is evaluated, or a list of them; all but the student see the ground truth.
+    "branch": "student",
 }

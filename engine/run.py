@@ -16,6 +16,13 @@ from detectron2.utils.events import CommonMetricPrinter, JSONWriter, Tensorboard
 from omegaconf import DictConfig
 from torch import nn
 
+from .branches import (
+    STUDENT,
+    check_branches,
+    check_ground_truth,
+    evaluate_branches,
+    named_branches,
+)
 from .checkpoint import AtomicCheckpointer, newest_checkpoint
 from .config import load_config
 from .data import build_resumable_train_loader
@@ -32,7 +39,7 @@ from .hooks import (
     WriterHook,
 )
 from .output import create_output, prepare_output, setup_evaluation, snapshot_writer
-from .trainer import DistillationTrainer, autocast_dtype, unwrap
+from .trainer import DistillationTrainer, autocast_dtype, student_of
 
 __all__ = ["evaluate", "main", "train"]
 
@@ -64,6 +71,7 @@ def prepare(config: DictConfig, args: argparse.Namespace, runtime: str = "") -> 
         check_settings(config)
         names += dataset_names(config.dataloader.train)
     check_datasets(names)
+    check_ground_truth(config)
     create_output(config)
     config.train.seed = resolve_seed(config, resume=args.resume and not args.eval_only)
     if args.eval_only:
@@ -141,8 +149,10 @@ def train(config: DictConfig, *, resume: bool = False) -> dict:
     settings = config.train
     loader = build_train_loader(config)
     model = build_model(config)
-    check_class_count(dataset_names(config.dataloader.train), model)
-    ema = build_ema(config, model)
+    student = student_of(model)
+    check_class_count(dataset_names(config.dataloader.train), student)
+    check_branches(named_branches(config), student)
+    ema = build_ema(config, student)
     config.optimizer.params.model = model
     optimizer = instantiate(config.optimizer)
     config.optimizer.params.model = None
@@ -155,8 +165,10 @@ def train(config: DictConfig, *, resume: bool = False) -> dict:
         accumulation_steps=settings.accumulation_steps,
         log_period=settings.log_period,
     )
-    averages = {"ema_state": ema} if ema else {}
-    checkpointer = AtomicCheckpointer(model, settings.output_dir, trainer=trainer, **averages)
+    others: dict[str, Any] = {"ema_state": ema} if ema else {}
+    if student is not model:  # what only the training needs is not for the student's checkpoint
+        others["training_parts"] = model.training_parts
+    checkpointer = AtomicCheckpointer(student, settings.output_dir, trainer=trainer, **others)
     checkpointer.extra = {"seed": settings.seed}
     trainer.on_nonfinite = snapshot_writer(settings.output_dir, trainer)
 
@@ -186,9 +198,15 @@ def target_name(function: Any) -> str:
     return f"{function.__module__}.{function.__qualname__}"
 
 
-def build_model(config: DictConfig) -> nn.Module:
-    """Build the model on its device, compiled in place if ``train.compile`` says so."""
-    model = instantiate(config.model).to(config.train.device)
+def build_model(config: DictConfig, *, student_only: bool = False) -> nn.Module:
+    """Build the model on its device, compiled in place if ``train.compile`` says so.
+
+    Args:
+        config: the whole config.
+        student_only: of a model that trains a student, build the student alone.
+    """
+    node = config.model.get("student", config.model) if student_only else config.model
+    model = instantiate(node).to(config.train.device)
     if config.train.channels_last:
         model.to(memory_format=torch.channels_last)
     if config.train.compile.enabled:
@@ -252,7 +270,7 @@ def register_stateful_hooks(
     ``results`` will hold the latest evaluation's.
     """
     settings = config.train
-    model = unwrap(trainer.model)
+    model = student_of(trainer.model)
 
     def run_evaluation() -> dict:
         results.clear()
@@ -322,9 +340,12 @@ def evaluate(config: DictConfig, model: nn.Module, ema: ModelEma | None = None) 
 
 
 def evaluate_once(config: DictConfig, model: nn.Module) -> dict:
-    """Evaluate the model as it is and print its results table."""
-    loader = build_loader(config.dataloader.test)
+    """Evaluate the model as it is, or branches of it, and print its results table."""
     check_class_count(dataset_names(config.dataloader.test), model)
+    branches = named_branches(config)
+    if branches != (STUDENT,):
+        return evaluate_branches(config, model, branches)
+    loader = build_loader(config.dataloader.test)
     results = inference_on_dataset(model, loader, instantiate(config.dataloader.evaluator)) or {}
     if results and comm.is_main_process():
         print_csv_format(results)
@@ -333,12 +354,23 @@ def evaluate_once(config: DictConfig, model: nn.Module) -> dict:
 
 def evaluate_checkpoint(config: DictConfig) -> dict:
     """Evaluate ``train.init_checkpoint``, which must hold every weight of the model."""
-    settings = config.train
-    if not settings.init_checkpoint:
+    if not config.train.init_checkpoint:
         raise UserError("--eval-only needs weights: set train.init_checkpoint=FILE")
-    model = build_model(config).eval()
+    model, _ = load_for_evaluation(config)
+    return evaluate(config, model)
+
+
+def load_for_evaluation(config: DictConfig) -> tuple[nn.Module, ModelEma | None]:
+    """Build the model with all weights of ``train.init_checkpoint``, those it begins with if empty.
+
+    Returns:
+        the model in evaluation mode and, if they replace its own, the averaged weights.
+    """
+    settings = config.train
+    model = build_model(config, student_only=True).eval()
+    check_branches(named_branches(config), model)
     averaged = settings.model_ema.enabled and settings.model_ema.use_ema_weights_for_eval_only
-    ema = build_ema(config, model) if averaged else None
+    ema = build_ema(config, model) if averaged and settings.init_checkpoint else None
     averages = {"ema_state": ema} if ema else {}
     checkpointer = AtomicCheckpointer(model, "", **averages)
     checkpointer.strictness = "evaluate"
@@ -347,4 +379,4 @@ def evaluate_checkpoint(config: DictConfig) -> dict:
         if not ema.state:
             raise UserError(f"{settings.init_checkpoint} holds no averaged weights (ema_state)")
         ema.apply()
-    return evaluate(config, model)
+    return model, ema

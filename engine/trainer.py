@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .errors import Interrupted, NonFiniteLoss, UserError
 from .rng import get_rng_state
 
-__all__ = ["DistillationTrainer", "autocast_dtype", "unwrap"]
+__all__ = ["DistillationTrainer", "autocast_dtype", "student_of", "unwrap"]
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +114,7 @@ class DistillationTrainer(SimpleTrainer):
             records.append(record)
         self.after_backward()
         self._log_losses(records)
+        self._log_metrics()
         self._optimize()
 
     def _forward(self, batch: Any) -> dict[str, Tensor]:
@@ -167,6 +168,12 @@ class DistillationTrainer(SimpleTrainer):
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
             self.storage.put_scalar("max_mem_MB[metric]", peak, smoothing_hint=False)
 
+    def _log_metrics(self) -> None:
+        """Record what a model measures besides its losses, as its attribute ``metrics``."""
+        if (self.iter + 1) % self.log_period == 0:
+            for name, value in getattr(unwrap(self.model), "metrics", {}).items():
+                self.storage.put_scalar(name, float(value), smoothing_hint=False)
+
     def _optimize(self) -> None:
         log_norm = (self.iter + 1) % self.log_period == 0
         if self.clip_grad is not None or log_norm:
@@ -219,6 +226,12 @@ def autocast_dtype(enabled: bool, dtype: str, device: str) -> torch.dtype | None
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the model inside a distributed wrapper, or the model itself."""
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def student_of(model: nn.Module) -> nn.Module:
+    """Return what a run is about: the student of a model that trains one, or the model itself."""
+    model = unwrap(model)
+    return getattr(model, "student", model)
 
 
 def _all_finite(losses: Mapping[str, float]) -> bool:

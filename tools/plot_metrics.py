@@ -1,4 +1,4 @@
-"""Draw losses, learning rate and AP over the iterations of a run.
+"""Draw losses, learning rate and AP, also by branch, over the iterations of a run.
 
 python tools/plot_metrics.py --output-dir output/quickstart
 """
@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 # A decoder layer's loss is a term of its branch's curve, not a curve.
 _LAYER = re.compile(r"_\d+(?=_|$)")
 _TERM = re.compile(r"loss_(class|bbox|giou)")
+_BRANCH_AP = re.compile(r"(?!ema/)(\w+)/bbox/AP")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -60,6 +61,13 @@ def branch_of(curve: str) -> str:
     return _TERM.sub("", curve).strip("_") or "student"
 
 
+def evaluated_branches(records: Iterable[dict[str, Any]]) -> list[str]:
+    """Branches whose AP was measured, the student first."""
+    keys = dict.fromkeys(key for record in records for key in record)
+    names = [found[1] for found in map(_BRANCH_AP.fullmatch, keys) if found]
+    return sorted(names, key=lambda name: (name != "student", name))  # as among the losses
+
+
 def _plot_losses(axes: Axes, records: list[dict[str, Any]]) -> None:
     axes.plot(*series(records, "total_loss"), color="black", linewidth=1.8, label="total")
     every = loss_groups({key: None for record in records for key in record})
@@ -99,30 +107,56 @@ def _plot_precision(axes: Axes, records: list[dict[str, Any]]) -> None:
         iterations, values = series(records, f"bbox/{name}")
         if iterations:
             drawn = True
-            axes.plot(iterations, values, marker="o", markersize=4, label=name)
-            axes.annotate(
-                f"{values[-1]:.1f}",
-                (iterations[-1], values[-1]),
-                (5, 3),
-                textcoords="offset points",
-            )
+            _plot_measured(axes, iterations, values, name)
     if drawn:
         axes.legend(fontsize="small")
     else:
         axes.text(0.5, 0.5, "no evaluation yet", ha="center", transform=axes.transAxes)
-    axes.set(ylabel="COCO box AP", xlabel="iteration")
+    _finish_precision(axes, "COCO box AP")
+
+
+def _plot_measured(axes: Axes, iterations: list[int], values: list[float], label: str) -> None:
+    axes.plot(iterations, values, marker="o", markersize=4, label=label)
+    place = iterations[-1], values[-1]
+    axes.annotate(f"{values[-1]:.1f}", place, (5, 3), textcoords="offset points")
+
+
+def _finish_precision(axes: Axes, label: str) -> None:
+    axes.set_ylabel(label)
     axes.margins(x=0.06, y=0.12)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
 
 
+def _plot_branches(axes: Axes, records: list[dict[str, Any]], branches: list[str]) -> None:
+    student = dict(zip(*series(records, "student/bbox/AP"), strict=True))
+    for name in branches:
+        iterations, values = series(records, f"{name}/bbox/AP")
+        label = name
+        if name != "student" and iterations[-1] in student:
+            label += f" ({values[-1] - student[iterations[-1]]:+.1f})"
+        _plot_measured(axes, iterations, values, label)
+    axes.legend(fontsize="small")
+    _finish_precision(axes, "COCO box AP by branch")
+
+
 def plot(records: list[dict[str, Any]], path: Path) -> None:
     """Write the picture of all curves."""
-    figure, (losses, precision) = plt.subplots(
-        2, 1, figsize=(9, 8), sharex=True, height_ratios=(3, 2), layout="constrained"
+    branches = evaluated_branches(records)
+    panels = 3 if branches else 2
+    figure, axes = plt.subplots(
+        panels,
+        1,
+        figsize=(9, 8 if panels == 2 else 11),
+        sharex=True,
+        height_ratios=(3, 2, 2)[:panels],
+        layout="constrained",
     )
-    _plot_losses(losses, records)
-    _plot_precision(precision, records)
+    _plot_losses(axes[0], records)
+    _plot_precision(axes[1], records)
+    if branches:
+        _plot_branches(axes[2], records, branches)
+    axes[-1].set_xlabel("iteration")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

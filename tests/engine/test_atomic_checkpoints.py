@@ -188,6 +188,23 @@ def test_training_only_weights_may_be_surplus_in_an_evaluation(saved, tmp_path, 
         checkpointer(net(2, 3, 4), strictness="evaluate").load(str(tmp_path / "deeper.pth"))
 
 
+def test_training_only_weights_may_be_missing_when_training_starts(tmp_path, engine_log):
+    model = nn.ModuleDict({"net": net(2, 3), "teacher": nn.Linear(2, 2)})
+    weights = {f"net.{key}": value for key, value in net(2, 3).state_dict().items()}
+    student = nn.ModuleDict({"layer": model})
+    before = model["teacher"].weight.clone()
+    surplus = {"layer.old.teacher.bias": torch.zeros(2)}
+    torch.save({f"layer.{k}": v for k, v in weights.items()} | surplus, tmp_path / "plain.pth")
+    checkpointer(student).load(str(tmp_path / "plain.pth"))
+    assert torch.equal(model["teacher"].weight, before)
+    assert (
+        "2 weights only training uses were not loaded but initialised: layer.t" in engine_log.text
+    )
+    assert "1 weights only training uses were ignored: layer.old.teacher.bias" in engine_log.text
+    with pytest.raises(UserError, match="2 missing"):
+        checkpointer(student, strictness="evaluate").load(str(tmp_path / "plain.pth"))
+
+
 def test_evaluating_twice_gives_the_same_results(tmp_path):
     trained = run_tiny(tmp_path, "train.model_ema.enabled=True", "train.max_iter=4")
     weights = f"train.init_checkpoint={tmp_path}/model_final.pth"

@@ -15,10 +15,10 @@ _VARIES = re.compile("time|eta|mem")
 CONFIG = Path(__file__).with_name("tiny_config.py")
 
 
-def run_tiny(output, *overrides, resume=False, eval_only=False):
-    """Train or evaluate the tiny detector in this process."""
+def run_tiny(output, *overrides, resume=False, eval_only=False, config=CONFIG):
+    """Train or evaluate the tiny detector, or that of another config, in this process."""
     args = Namespace(
-        config_file=str(CONFIG),
+        config_file=str(config),
         opts=[f"train.output_dir={output}", *overrides],
         resume=resume,
         eval_only=eval_only,

@@ -75,6 +75,43 @@ def test_writes_a_picture(tmp_path, evaluated):
         assert len(picture.convert("RGB").getcolors(maxcolors=10**6)) > 50
 
 
+def test_evaluated_branches_get_a_panel_of_their_own(tmp_path, monkeypatch):
+    records = [
+        {
+            "iteration": i,
+            "total_loss": 5.0 / i,
+            "bbox/AP": 10.0 + i,
+            "student/bbox/AP": 10.0 + i,
+            "share_a/bbox/AP": 20.0 + 2 * i,
+            "share_v/bbox/AP": 30.0,
+            "share_v/bbox/AP-chair": 1.0,
+            "ema/bbox/AP": 12.0,
+            "ema/share_a/bbox/AP": 12.0,
+        }
+        for i in range(1, 5)
+    ]
+    assert plot_metrics.evaluated_branches(records) == ["student", "share_a", "share_v"]
+    assert plot_metrics.evaluated_branches([{"bbox/AP": 1.0, "ema/bbox/AP": 1.0}]) == []
+    figures = []
+    monkeypatch.setattr(plot_metrics.plt, "close", figures.append)
+    plot_metrics.plot(records, tmp_path / "curves.png")
+    panel = figures[0].axes[2]
+    curves = {line.get_label(): list(line.get_ydata()) for line in panel.lines}
+    assert curves == {
+        "student": [11.0, 12.0, 13.0, 14.0],
+        "share_a (+14.0)": [22.0, 24.0, 26.0, 28.0],
+        "share_v (+16.0)": [30.0] * 4,
+    }
+    assert [text.get_text() for text in panel.texts] == ["14.0", "28.0", "30.0"]
+
+
+def test_a_teacher_alone_has_no_gap(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plot_metrics.plt, "close", figures.append)
+    plot_metrics.plot([{"iteration": 1, "share_v/bbox/AP": 30.0}], tmp_path / "curves.png")
+    assert [line.get_label() for line in figures[0].axes[2].lines] == ["share_v"]
+
+
 def test_errors_are_one_line(tmp_path):
     with pytest.raises(SystemExit, match=r"metrics\.json"):
         plot_metrics.main(["--output-dir", str(tmp_path)])

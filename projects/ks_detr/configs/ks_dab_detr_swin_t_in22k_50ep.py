@@ -1,0 +1,15 @@
+from detectron2.config import LazyCall as L
+
+from projects.ks_detr.encoder import share_knowledge
+
+from ...baselines.configs.dab_detr_swin_t_in1k_50ep import (
+    dataloader,
+    lr_multiplier,
+    model,
+    optimizer,
+    train,
+)
+
+model.transformer.encoder = L(share_knowledge)(encoder=model.transformer.encoder)
+train.init_checkpoint = "path/to/swin_tiny_patch4_window7_224_22kto1k_finetune.pth"
+train.output_dir = "./output/ks_dab_detr_swin_t_in22k_50ep"

@@ -1,0 +1,14 @@
+from detectron2.config import LazyCall as L
+
+from projects.ks_detr.encoder import share_knowledge
+
+from ...baselines.configs.dn_deformable_detr_r50_12ep import (
+    dataloader,
+    lr_multiplier,
+    model,
+    optimizer,
+    train,
+)
+
+model.transformer.encoder = L(share_knowledge)(encoder=model.transformer.encoder)
+train.output_dir = "./output/ks_dn_deformable_detr_r50_12ep"

@@ -1,0 +1,4 @@
+from .ks_dn_detr_r50_batch4_60ep import dataloader, lr_multiplier, model, optimizer, train
+
+model.transformer.encoder.branches = ["share_v"]
+train.output_dir = "./output/ks_dn_detr_r50_batch4_60ep_share_v"
