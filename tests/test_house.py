@@ -119,8 +119,10 @@ def test_what_we_import_is_what_we_require() -> None:
     imported = {name for path in python_files() for name in imported_roots(path)}
     if any("torch.utils.tensorboard" in path.read_text() for path in python_files()):
         imported.add("tensorboard")  # which torch imports for us
-    # torch's CUDA builds bring triton with them; without it the operators do without
-    ours = {*MAY_IMPORT, "detectron2", "detrex", "triton", *sys.stdlib_module_names}
+    # torch's CUDA builds bring triton with them; without it the operators do without. A benchmark
+    # compares with transformers where they are installed
+    optional = {"triton", "transformers"}
+    ours = {*MAY_IMPORT, "detectron2", "detrex", *optional, *sys.stdlib_module_names}
     distributions = packages_distributions()
     required = {canonicalize_name(distributions.get(name, [name])[0]) for name in imported - ours}
     assert required == set(requirements())
