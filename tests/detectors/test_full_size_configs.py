@@ -1,40 +1,26 @@
-"""Every full-size baseline config trains."""
+"""Every full-size config trains."""
+
+from pathlib import Path
 
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
-from tiny_detectors import ROOT, instances, pattern_image
+from full_size import batch, calm
+from tiny_detectors import ROOT
 
 CONFIGS = sorted(
-    path.stem
-    for path in ROOT.glob("projects/baselines/configs/*.py")
+    path
+    for project in ("baselines", "ks_detr", "smca")
+    for path in ROOT.glob(f"projects/{project}/configs/*.py")
     if "quickstart" not in path.stem
 )
 
 
-def batch():
-    """Two images of different sizes, one of them without objects."""
-    boxes = [[20.0, 30.0, 120.0, 200.0], [5.0, 5.0, 6.0, 6.0], [90.0, 10.0, 250.0, 150.0]]
-    sizes = [(224, 256), (192, 288)]
-    items = [{"image": pattern_image(index, *size)} for index, size in enumerate(sizes)]
-    items[0]["instances"] = instances(sizes[0], boxes, [0, 79, 17])
-    items[1]["instances"] = instances(sizes[1], [], [])
-    return items
-
-
-@torch.no_grad()
-def calm(backbone: torch.nn.Module) -> None:
-    """Keep the maps of an untrained ResNet with frozen norms from growing with its depth."""
-    for name, module in backbone.named_modules():
-        if name.endswith(("conv3.norm", "bn3")):
-            module.weight.fill_(0.2)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CONFIGS)
-def test_two_iterations_and_an_evaluation(name: str) -> None:
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_two_iterations_and_an_evaluation(path: Path) -> None:
     torch.manual_seed(0)
-    config = LazyConfig.load(str(ROOT / f"projects/baselines/configs/{name}.py"))
+    config = LazyConfig.load(str(path))
     model = instantiate(config.model).train()
     calm(model.backbone)
     config.optimizer.params.model = model
@@ -59,4 +45,4 @@ def test_two_iterations_and_an_evaluation(name: str) -> None:
 
 
 def test_configs_are_found() -> None:
-    assert len(CONFIGS) > 25
+    assert len(CONFIGS) > 60

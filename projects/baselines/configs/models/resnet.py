@@ -9,3 +9,13 @@ resnet50 = L(ResNet)(
     out_features=["res2", "res3", "res4", "res5"],
     freeze_at=1,
 )
+
+
+def small_resnet(depth):
+    """ResNet-18 or 34, whose stages have a quarter of ResNet-50's channels, as torchvision's."""
+    return L(ResNet)(
+        stem=L(BasicStem)(in_channels=3, out_channels=64, norm="FrozenBN"),
+        stages=L(ResNet.make_default_stages)(depth=depth, norm="FrozenBN"),
+        out_features=["res2", "res3", "res4", "res5"],
+        freeze_at=1,
+    )

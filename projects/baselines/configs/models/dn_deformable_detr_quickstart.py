@@ -1,0 +1,6 @@
+"""DN-Deformable-DETR on three levels for the generated shapes."""
+
+from .dn_deformable_detr_r50 import model
+from .quickstart import shrink_to_three_levels
+
+shrink_to_three_levels(model)
