@@ -1,0 +1,1 @@
+"""SMCA: spatially modulated co-attention for detection transformers."""

@@ -1,0 +1,4 @@
+from .smca_r50_50ep import dataloader, lr_multiplier, model, optimizer, train
+
+model.transformer.encoder.share = "none"
+train.output_dir = "./output/smca_r50_50ep_no_share"
