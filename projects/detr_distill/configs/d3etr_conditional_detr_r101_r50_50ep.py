@@ -1,0 +1,13 @@
+from ...baselines.configs.conditional_detr_r50_50ep import (
+    dataloader,
+    lr_multiplier,
+    optimizer,
+    train,
+)
+from ...baselines.configs.conditional_detr_r50_50ep import model as _student
+from ...baselines.configs.conditional_detr_r101_50ep import model as _teacher
+from .common.distill import distill, teacher
+from .common.objectives import mixed_matching
+
+model = distill(_student, _teacher, mixed_matching())
+train.output_dir = "./output/d3etr_conditional_detr_r101_r50_50ep"

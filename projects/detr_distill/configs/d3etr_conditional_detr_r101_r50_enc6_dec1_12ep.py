@@ -1,0 +1,11 @@
+from .d3etr_conditional_detr_r101_r50_12ep import (
+    dataloader,
+    lr_multiplier,
+    model,
+    optimizer,
+    teacher,
+    train,
+)
+
+model.student.transformer.decoder.num_layers = 1
+train.output_dir = "./output/d3etr_conditional_detr_r101_r50_enc6_dec1_12ep"

@@ -1,0 +1,15 @@
+from detectron2.config import LazyCall as L
+
+from projects.detr_distill.fitnet import FitNet
+
+from .detrdistill_conditional_detr_r101_r50_50ep import (
+    dataloader,
+    lr_multiplier,
+    model,
+    optimizer,
+    teacher,
+    train,
+)
+
+model.objectives = [L(FitNet)(place="memory")]
+train.output_dir = "./output/fitnet_conditional_detr_r101_r50_50ep"

@@ -1,0 +1,11 @@
+from .logits_adamixer_r101_r50_12ep import (
+    dataloader,
+    lr_multiplier,
+    model,
+    optimizer,
+    teacher,
+    train,
+)
+
+model.objectives[0].update(positive_class=False, positive_boxes=False)
+train.output_dir = "./output/logits_negative_boxes_adamixer_r101_r50_12ep"

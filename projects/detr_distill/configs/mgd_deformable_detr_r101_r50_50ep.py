@@ -1,0 +1,15 @@
+from detectron2.config import LazyCall as L
+
+from projects.detr_distill.mgd import MGD
+
+from .detrdistill_deformable_detr_r101_r50_50ep import (
+    dataloader,
+    lr_multiplier,
+    model,
+    optimizer,
+    teacher,
+    train,
+)
+
+model.objectives = [L(MGD)()]
+train.output_dir = "./output/mgd_deformable_detr_r101_r50_50ep"

@@ -1,0 +1,15 @@
+from detectron2.config import LazyCall as L
+
+from projects.detr_distill.target_aware import TargetAwareDistillation
+
+from .detrdistill_adamixer_r101_r50_12ep import (
+    dataloader,
+    lr_multiplier,
+    model,
+    optimizer,
+    teacher,
+    train,
+)
+
+model.objectives = [L(TargetAwareDistillation)(form="eq8")]
+train.output_dir = "./output/target_aware_eq8_adamixer_r101_r50_12ep"

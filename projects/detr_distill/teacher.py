@@ -1,0 +1,63 @@
+"""The frozen detector that teaches."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import nn
+
+from detectors.detector import Detector
+from engine.checkpoint import AtomicCheckpointer
+from engine.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SMALLER = {torch.bfloat16, torch.float16}
+
+
+def load_teacher(detector: Detector, init_checkpoint: str, dtype: str = "float32") -> Detector:
+    """Load a detector's weights and freeze it, in evaluation mode.
+
+    Args:
+        detector: of any weights.
+        init_checkpoint: must hold every weight.
+        dtype: of the weights of backbone, neck and encoder: ``float32``, ``bfloat16`` or
+            ``float16``. Decoder and heads stay in float32, where positions need its precision.
+
+    Returns:
+        The same detector.
+
+    Raises:
+        UserError: no checkpoint is named, it does not fit, or it cannot be read.
+    """
+    if not init_checkpoint:
+        raise UserError("a teacher needs weights: set teacher.init_checkpoint=FILE")
+    if dtype not in DTYPES:
+        raise UserError(f"teacher.dtype is '{dtype}', expected one of {', '.join(DTYPES)}")
+    checkpointer = AtomicCheckpointer(detector)
+    checkpointer.strictness = "evaluate"
+    try:
+        checkpointer.load(init_checkpoint, checkpointables=[])
+    except UserError as error:
+        raise UserError(f"teacher.init_checkpoint: {error}") from error
+    logger.info("Teacher: %s of %s", type(detector).__name__, init_checkpoint)
+    if dtype != "float32":
+        _shrink(detector, DTYPES[dtype])
+    return detector.requires_grad_(False).eval()
+
+
+def precision_of(teacher: Detector) -> torch.dtype:
+    """The precision that a teacher works in, up to its encoder's end."""
+    smaller = (p.dtype for p in teacher.parameters() if p.dtype in _SMALLER)
+    return next(smaller, torch.float32)
+
+
+def _shrink(detector: Detector, dtype: torch.dtype) -> None:
+    """Keep in a smaller type what autocast would convert to it anyway, up to the encoder's end."""
+    for name, module in detector.named_modules():
+        late = name.startswith(("transformer.decoder", "class_embed", "bbox_embed"))
+        if isinstance(module, nn.Conv2d | nn.Linear) and not late:
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(dtype)
