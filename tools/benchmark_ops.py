@@ -181,7 +181,7 @@ def describe(device: str, ceilings: Ceilings, options: dict[str, str]) -> dict[s
         "kernels": kernels + capability,
         "torch": torch.__version__,
         "SciPy": version("scipy"),
-        **{package: _version(package) for package in ("detrex", "mmcv")},
+        **{package: installed_version(package) for package in ("detrex", "mmcv")},
         "Python": platform.python_version(),
         "memory ceiling": f"{ceilings.bandwidth / 1e9:.1f} GB/s, read and written by a large copy",
         "compute ceiling": f"{', '.join(speeds)} in a large matrix product",
@@ -190,7 +190,8 @@ def describe(device: str, ceilings: Ceilings, options: dict[str, str]) -> dict[s
     }
 
 
-def _version(package: str) -> str:
+def installed_version(package: str) -> str:
+    """Version of a package, or that it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -203,8 +204,11 @@ def _version(package: str) -> str:
 _SECONDS = f"time for a case, but at least {FEWEST_ROUNDS} rounds (%(default)g)"
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
     def error(self, message: str) -> NoReturn:
+        """Leave the exit code to :func:`main`."""
         raise UserError(message)
 
 
@@ -214,7 +218,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     Raises:
         UserError: it is wrong.
     """
-    parser = _Parser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     threads = torch.get_num_threads()
     parser.add_argument("--only", metavar="PATTERN", help="cases whose name holds it, * as usual")
     parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from tabulate import tabulate
 
@@ -76,7 +77,8 @@ def significant(value: float | None) -> str:
     return f"{value:.{max(0, 2 - magnitude)}f}"
 
 
-def _with_quartiles(median: float | None, low: float | None, high: float | None) -> str:
+def with_quartiles(median: float | None, low: float | None, high: float | None) -> str:
+    """The median with its quartiles in brackets if they differ."""
     if median == low == high:
         return significant(median)
     return f"{significant(median)} ({significant(low)}–{significant(high)})"
@@ -119,7 +121,7 @@ def _times(rows: Sequence[Row]) -> Table:
     cells, last = [], ""
     for row in rows:
         if row.measure == "milliseconds" and row.rounds:
-            time = _with_quartiles(row.median, row.low, row.high)
+            time = with_quartiles(row.median, row.low, row.high)
             ratio = "" if row.ratio is None else _ratio(row)
             case = "" if row.case == last else row.case
             cells.append([case, row.contender, time, ratio, verdict(row), str(row.rounds)])
@@ -134,7 +136,7 @@ def _times(rows: Sequence[Row]) -> Table:
 
 
 def _ratio(row: Row) -> str:
-    return _with_quartiles(row.ratio, row.ratio_low, row.ratio_high)
+    return with_quartiles(row.ratio, row.ratio_low, row.ratio_high)
 
 
 def _memory(rows: Sequence[Row]) -> Table:
@@ -220,41 +222,53 @@ def screen(rows: Sequence[Row]) -> str:
 
 def markdown(header: dict[str, str], rows: Sequence[Row]) -> str:
     """The whole page."""
-    facts = Table("", "", ("", ""), [[name, value] for name, value in header.items()])
     about = (
         "Written by `python tools/benchmark_ops.py`. Contenders run in one process and take turns; "
         "before they are timed, results are held against each other. bfloat16 means the values, or "
         "query, key and value; locations, weights, centers and precision are float32 beside them. "
         "Peers that sample in float32 are timed with the conversion."
     )
-    parts = [f"# Operators on {header['device']}", about, facts.render("github")]
-    for table in tables(rows):
+    return page(f"Operators on {header['device']}", about, header, tables(rows))
+
+
+def page(title: str, about: str, header: dict[str, str], sections: Sequence[Table]) -> str:
+    """A page in Markdown: what it is about, the facts of the run, the tables."""
+    facts = Table("", "", ("", ""), [[name, value] for name, value in header.items()])
+    parts = [f"# {title}", about, facts.render("github")]
+    for table in sections:
         parts += [f"## {table.title}", table.text, table.render("github")]
     return "\n\n".join(parts) + "\n"
 
 
-def as_json(header: dict[str, str], rows: Sequence[Row]) -> str:
-    """Header and rows."""
+def as_json(header: dict[str, str], rows: Sequence[Any]) -> str:
+    """Header and rows, which are dataclasses with a verdict ``met``."""
     return json.dumps({"header": header, "rows": list(_records(rows))}, indent=1) + "\n"
 
 
-def as_csv(rows: Sequence[Row]) -> str:
-    """Rows alone."""
+def as_csv(rows: Sequence[Any]) -> str:
+    """Rows alone, at least one of them."""
     text = io.StringIO()
-    names = [*(field.name for field in fields(Row)), "met"]
+    names = [*(field.name for field in fields(rows[0])), "met"]
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(_records(rows))
     return text.getvalue()
 
 
-def _records(rows: Iterable[Row]) -> Iterable[dict]:
+def _records(rows: Iterable[Any]) -> Iterable[dict]:
     for row in rows:
         yield {**asdict(row), "met": row.met}
 
 
 def write(folder: Path, name: str, header: dict[str, str], rows: Sequence[Row]) -> list[Path]:
-    """Write ``name.md``, ``.json`` and ``.csv``, each aside and then renamed.
+    """Write ``name.md``, ``.json`` and ``.csv`` as :func:`save` does."""
+    return save(folder, name, markdown(header, rows), header, rows)
+
+
+def save(
+    folder: Path, name: str, text: str, header: dict[str, str], rows: Sequence[Any]
+) -> list[Path]:
+    """Write a page as ``name.md``, its rows as ``.json`` and ``.csv``, aside and then renamed.
 
     Returns:
         the files.
@@ -264,12 +278,12 @@ def write(folder: Path, name: str, header: dict[str, str], rows: Sequence[Row]) 
     """
     folder.mkdir(parents=True, exist_ok=True)
     contents = {
-        folder / f"{name}.md": markdown(header, rows),
+        folder / f"{name}.md": text,
         folder / f"{name}.json": as_json(header, rows),
         folder / f"{name}.csv": as_csv(rows),
     }
-    for path, text in contents.items():
-        path.with_name(path.name + ".partial").write_text(text, encoding="utf-8")
+    for path, content in contents.items():
+        path.with_name(path.name + ".partial").write_text(content, encoding="utf-8")
     for path in contents:
         os.replace(path.with_name(path.name + ".partial"), path)
     return list(contents)
