@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import detrex
 import torch
@@ -91,7 +92,19 @@ def build_detrex(root: Path | None, ours: Detector, config_file: str) -> nn.Modu
         model.load_state_dict(ours.state_dict(), strict=True)
     except RuntimeError as error:
         raise UserError(f"our weights do not fit detrex's {found[0]}: {error}") from None
+    criterion: nn.Module = model.criterion
+    criterion.forward = _where_tensors_are(criterion.forward)  # type: ignore[method-assign]
     return model
+
+
+def _where_tensors_are(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let ``tensor.cuda()`` be the tensor: DN-DETR's criterion asks for it on any device."""
+
+    def call(*args: Any) -> Any:
+        with patch.object(Tensor, "cuda", lambda tensor: tensor):
+            return function(*args)
+
+    return call
 
 
 # --- Hugging Face -------------------------------------------------------------------------------

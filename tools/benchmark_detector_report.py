@@ -154,6 +154,7 @@ def write(folder: Path, name: str, header: dict[str, str], rows: Sequence[Row]) 
         "backward, in float32, with the configs' dropout; the optimiser's part is the same for all "
         "and left out. Peers have the same weights, take turns in one process, and are not timed "
         "unless detections, losses and gradients agree (of transformers' models, detections). "
+        "detrex's DN-DETR is kept from moving to CUDA, which it does on any device. "
         "Memory is taken in a fresh process a contender, gradients included."
     )
     text = page("Detectors on the CPU", about, header, tables(rows))
