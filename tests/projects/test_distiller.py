@@ -8,6 +8,7 @@ from tiny_detectors import SETTINGS, StridedBackbone
 from tiny_distiller import BOXES, batch, detector, distiller, objectives, train_step
 from torch import nn
 
+from detectors.structures import STUDENT, Predictions, groups_of
 from engine.errors import UserError
 from projects.detr_distill.target_aware import TargetAwareDistillation
 from projects.detr_distill.teacher import load_teacher
@@ -162,3 +163,17 @@ def test_metrics_are_measured():
     for who in ("student", "teacher"):
         assert 0 < metrics[f"{who}_quality"] < 1
         assert 0 <= metrics[f"{who}_instability_0"] <= 2 * SETTINGS["num_queries"]
+
+
+@pytest.mark.parametrize("aux_loss", [True, False])
+def test_known_matches_are_those_of_their_layers(aux_loss):
+    torch.manual_seed(4)
+    student = detector()
+    student.aux_loss = aux_loss
+    targets = student.prepare_targets(batch())
+    logits, boxes = torch.randn(2, 2, 6, 5), torch.rand(2, 2, 6, 4)
+    predictions = Predictions(logits, boxes, groups_of((STUDENT,), 2))
+    matches = student.criterion.match(logits, boxes, targets)
+    assert not torch.equal(*matches.queries)  # else it would not matter whose they are
+    expected, found = (student.losses(predictions, targets, known) for known in (None, matches))
+    assert found == expected
