@@ -30,8 +30,8 @@ class AtomicCheckpointer(DetectionCheckpointer):
     :meth:`save` must be called by all processes: it collects each one's random state.
 
     Attributes:
-        strictness: how weights must fit the model: "resume", "evaluate", "initialise" or "partial"
-            (see :func:`engine.compatibility.check_compatible`).
+        strictness: how weights must fit the model: "resume", "evaluate", "evaluate branches",
+            "initialise" or "partial" (see :func:`engine.compatibility.check_compatible`).
         extra: entries added to every full checkpoint.
     """
 

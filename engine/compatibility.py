@@ -9,7 +9,7 @@ from torch import nn
 
 from .errors import UserError
 
-__all__ = ["check_compatible"]
+__all__ = ["check_compatible", "lasting"]
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +30,11 @@ def check_compatible(path: str, model: nn.Module, incompatible: Any, *, strictne
         path: the checkpoint, for the message.
         model: what it was loaded into.
         incompatible: fvcore's result, with missing_keys, unexpected_keys and incorrect_shapes.
-        strictness: "resume" wants an exact fit; "evaluate" every weight of the model and beside
-            them none but training-only ones; "initialise" that, those aside, either the model or
-            the checkpoint is covered, as when a backbone is loaded or a detector is started with
-            another method's weights; "partial" anything in common.
+        strictness: "resume" wants an exact fit; "evaluate" that, training-only weights aside,
+            both have the same; "evaluate branches" also that no training-only one is missing;
+            "initialise" that, those aside, either the model or the checkpoint is covered, as when
+            a backbone is loaded or a detector is started with another method's weights; "partial"
+            anything in common.
 
     Raises:
         UserError: names the first keys that do not fit.
@@ -44,30 +45,46 @@ def check_compatible(path: str, model: nn.Module, incompatible: Any, *, strictne
     unexpected = [k for k in incompatible.unexpected_keys if not _IMAGENET_ONLY.search(k)]
     wanted = set(model.state_dict()) - _FROM_CONFIG
     matched = len(wanted - set(incompatible.missing_keys) - wrong)
-    surplus = [k for k in _lasting(unexpected) if k not in _FROM_CONFIG]
+    surplus = [k for k in lasting(unexpected) if k not in _FROM_CONFIG]
+    same = not (lasting(missing) or surplus or wrong)
     fits = {
         "resume": not (missing or unexpected or wrong),
-        "evaluate": not (missing or surplus or wrong),
-        "initialise": matched > 0 and not wrong and not (_lasting(missing) and surplus),
+        "evaluate": same,
+        "evaluate branches": same,
+        "initialise": matched > 0 and not wrong and not (lasting(missing) and surplus),
         "partial": matched > 0,
     }[strictness]
     if not fits:
+        evaluates = strictness.startswith("evaluate")
+        shown = (lasting(missing), surplus) if evaluates else (missing, unexpected)
         raise UserError(
             f"checkpoint {path} is of another architecture than the model: "
-            + _describe(
-                incompatible.incorrect_shapes,
-                missing,
-                surplus if strictness == "evaluate" else unexpected,
-            )
+            + _describe(incompatible.incorrect_shapes, *shown)
             + _advice(strictness)
         )
-    for keys, outcome in ((unexpected, "ignored"), (missing, "not loaded but initialised")):
-        extra = [key for key in keys if _TRAINING_ONLY.search(key)]
-        if extra:
-            logger.info(
-                "%d weights only training uses were %s: %s", len(extra), outcome, ", ".join(extra)
-            )
+    if strictness == "evaluate branches" and missing:
+        raise UserError(
+            f"checkpoint {path} has no teacher weights ({len(missing)} missing: "
+            f"{_first(missing)}), which evaluation.branch needs for all but the student"
+        )
+    outcome = "not loaded but initialised"
+    outcome += ", and not used in an evaluation" if strictness == "evaluate" else ""
+    _log_training_only(unexpected, "ignored")
+    _log_training_only(missing, outcome)
     logger.info("%d of the model's %d weights were loaded from %s", matched, len(wanted), path)
+
+
+def lasting(keys: list[str]) -> list[str]:
+    """Leave out the keys of what only training uses."""
+    return [key for key in keys if not _TRAINING_ONLY.search(key)]
+
+
+def _log_training_only(keys: list[str], outcome: str) -> None:
+    extra = [key for key in keys if _TRAINING_ONLY.search(key)]
+    if extra:
+        logger.info(
+            "%d weights only training uses were %s: %s", len(extra), outcome, ", ".join(extra)
+        )
 
 
 def _describe(wrong: list[tuple], missing: list[str], unexpected: list[str]) -> str:
@@ -80,10 +97,6 @@ def _describe(wrong: list[tuple], missing: list[str], unexpected: list[str]) -> 
     if unexpected:
         parts.append(f"{len(unexpected)} unknown to the model ({_first(unexpected)})")
     return "; ".join(parts) or "no weight in common"
-
-
-def _lasting(keys: list[str]) -> list[str]:
-    return [key for key in keys if not _TRAINING_ONLY.search(key)]
 
 
 def _first(items: list[str], count: int = 3) -> str:

@@ -57,6 +57,10 @@ class ModelEma:
         """Give the model the averaged weights for good."""
         self._copy_to_model(self.state)
 
+    def missing(self) -> list[str]:
+        """Return the names of the model's weights that have no average."""
+        return [name for name, _ in self._named_tensors() if name not in self.state]
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return the averages by name."""
         return copy.copy(self.state)

@@ -24,6 +24,7 @@ from .branches import (
     named_branches,
 )
 from .checkpoint import AtomicCheckpointer, newest_checkpoint
+from .compatibility import lasting
 from .config import load_config
 from .data import build_resumable_train_loader
 from .datasets import build_loader, check_class_count, check_datasets, dataset_names
@@ -353,7 +354,7 @@ def evaluate_once(config: DictConfig, model: nn.Module) -> dict:
 
 
 def evaluate_checkpoint(config: DictConfig) -> dict:
-    """Evaluate ``train.init_checkpoint``, which must hold every weight of the model."""
+    """Evaluate ``train.init_checkpoint``, which must hold every weight that this uses."""
     if not config.train.init_checkpoint:
         raise UserError("--eval-only needs weights: set train.init_checkpoint=FILE")
     model, _ = load_for_evaluation(config)
@@ -363,20 +364,35 @@ def evaluate_checkpoint(config: DictConfig) -> dict:
 def load_for_evaluation(config: DictConfig) -> tuple[nn.Module, ModelEma | None]:
     """Build the model with all weights of ``train.init_checkpoint``, those it begins with if empty.
 
+    What only training uses need not be there, unless ``evaluation.branch`` names a teacher.
+
     Returns:
         the model in evaluation mode and, if they replace its own, the averaged weights.
     """
     settings = config.train
     model = build_model(config, student_only=True).eval()
-    check_branches(named_branches(config), model)
+    branches = named_branches(config)
+    check_branches(branches, model)
     averaged = settings.model_ema.enabled and settings.model_ema.use_ema_weights_for_eval_only
     ema = build_ema(config, model) if averaged and settings.init_checkpoint else None
     averages = {"ema_state": ema} if ema else {}
     checkpointer = AtomicCheckpointer(model, "", **averages)
-    checkpointer.strictness = "evaluate"
+    checkpointer.strictness = "evaluate" if branches == (STUDENT,) else "evaluate branches"
     checkpointer.load(settings.init_checkpoint)
     if ema:
-        if not ema.state:
-            raise UserError(f"{settings.init_checkpoint} holds no averaged weights (ema_state)")
-        ema.apply()
+        apply_averages(ema, settings.init_checkpoint)
     return model, ema
+
+
+def apply_averages(ema: ModelEma, path: str) -> None:
+    """Give the model the averages loaded from ``path``, which may lack what only training uses."""
+    if not ema.state:
+        raise UserError(f"{path} holds no averaged weights (ema_state)")
+    missing = lasting(ema.missing())
+    if missing:
+        raise UserError(
+            f"{path} lacks averages (ema_state) of {len(missing)} of the model's weights, "
+            f"such as {missing[0]}"
+        )
+    ema.start()  # for what has no average the model's own weights
+    ema.apply()

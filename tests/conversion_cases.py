@@ -63,9 +63,9 @@ def stage(index, norm):
     )
 
 
-def tiny_config(name, classes=80, norm="FrozenBN"):
-    """A baseline's model with two layers each, seven queries and a narrow backbone."""
-    model = LazyConfig.load(str(ROOT / f"projects/baselines/configs/{name}.py")).model
+def tiny_config(name, classes=80, norm="FrozenBN", project="baselines"):
+    """A config's model with two layers each, seven queries and a narrow backbone."""
+    model = LazyConfig.load(str(ROOT / f"projects/{project}/configs/{name}.py")).model
     features = list(model.backbone.out_features)
     model.backbone = L(ResNet)(
         stem=L(BasicStem)(in_channels=3, out_channels=16, norm=norm),
@@ -75,6 +75,7 @@ def tiny_config(name, classes=80, norm="FrozenBN"):
     )
     model.num_queries, model.num_classes = 7, classes
     encoder, decoder = model.transformer.encoder, model.transformer.decoder
+    encoder = encoder.get("encoder", encoder)  # of one that shares knowledge
     decoder.num_layers, decoder.feedforward_dim = 2, 96
     if "layer" in encoder:
         encoder.num_layers, encoder.layer.feedforward_dim = 2, 96

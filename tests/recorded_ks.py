@@ -11,11 +11,12 @@ from tiny_dab import build as build_dab
 from tiny_deformable import build_deformable, common_parts, decoder, deformable_encoder
 from tiny_detectors import StubBackbone, build_conditional, instances, pattern_image
 
+from detectors.conversion.convert import convert
 from detectors.dab_detr import DABDETR
 from detectors.deformable_detr import MultiLevelTransformer
 from detectors.dn_deformable_detr import DNDeformableDecoder, DNDeformableDETR
 from detectors.dn_detr import DNDETR
-from projects.ks_detr.checkpoint import from_released
+from projects.ks_detr.checkpoint import KS_DETR
 from projects.ks_detr.encoder import share_knowledge
 
 NO_NOISE = {"denoising_groups": 3, "label_noise_prob": 0.0, "box_noise_scale": 0.0}
@@ -99,7 +100,8 @@ class RecordedModel:
         self.model = BUILDERS[detector](SETTINGS, self.features("train"), **options)
         share_knowledge(self.model.transformer.encoder, **self.sharing)
         self.model.double()
-        self.model.load_state_dict(from_released(formula_weights(self.case, self.about["seed"])))
+        weights = formula_weights(self.case, self.about["seed"])
+        self.model.load_state_dict(convert(weights, KS_DETR, self.model))
 
     def features(self, mode: str) -> dict[str, torch.Tensor]:
         """What the stub backbone returns."""

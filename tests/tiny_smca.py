@@ -14,7 +14,7 @@ from detectors.attention import SelfAttention
 from detectors.structures import FeatureMaps
 from detectors.transformer import Encoder, EncoderLayer, Transformer
 from projects.smca.attention import Modulation
-from projects.smca.checkpoint import from_released
+from projects.smca.checkpoint import SMCA as RELEASED
 from projects.smca.decoder import SMCADecoder
 from projects.smca.detector import SMCA, MultiScaleSMCA
 from projects.smca.encoder import MultiScaleEncoder
@@ -178,9 +178,7 @@ def our_name(key, scales):
             return None
         key = key.replace(f"scale_predictor_{scales}", "point3")
     selection = "scale_selection" in key  # of which the released single-scale model has none
-    (name,) = from_released(
-        {official_name(key.replace("scale_selection", "point2")): torch.ones(1)}
-    )
+    name = RELEASED.target(official_name(key.replace("scale_selection", "point2"))).key
     return name.replace("modulation.offsets", "modulation.selection") if selection else name
 
 

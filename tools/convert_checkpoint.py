@@ -35,6 +35,8 @@ from detectors.conversion.official import CONDITIONAL_DETR, DAB_DETR, DETR, DN_D
 from engine.checkpoint import save_atomically
 from engine.config import load_config
 from engine.errors import UserError, exit_code_of
+from projects.ks_detr.checkpoint import KS_DETR
+from projects.smca.checkpoint import SMCA
 
 LAYOUTS: dict[str, Layout] = {
     layout.name: layout
@@ -47,6 +49,8 @@ LAYOUTS: dict[str, Layout] = {
         DEFORMABLE_DETR,
         DN_DEFORMABLE_DETR,
         ADAMIXER,
+        SMCA,
+        KS_DETR,
         HF_DETR,
         HF_CONDITIONAL_DETR,
         HF_DAB_DETR,
@@ -84,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         weights = read_weights(args.input)
         layout = LAYOUTS[args.layout] if args.layout else recognise(weights, LAYOUTS.values())
-        converted = convert(weights, layout, instantiate(config.model))
+        converted = convert(weights, layout, instantiate(config.model), report=print)
     except ConversionError as error:
         raise UserError(str(error)) from error
     save_atomically({"model": converted}, args.output)

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from detectron2.data import MetadataCatalog
 from torch import Tensor
 
-_BACKGROUND = 91
+BACKGROUND = 91
 """The row after those of the ids 0 to 90: no object, or the label that no target has."""
 
 _PER_CLASS = re.compile(
@@ -34,11 +34,11 @@ def select_classes(key: str, value: Tensor, wanted: Mapping[str, Tensor]) -> Ten
     categories = [*MetadataCatalog.get("coco_2017_train").thing_dataset_id_to_contiguous_id]
     classes = len(categories)
     rows = len(wanted[key])
-    if rows - classes not in (0, 1) or len(value) != rows - classes + _BACKGROUND:
+    if rows - classes not in (0, 1) or len(value) != rows - classes + BACKGROUND:
         return value
     if match["head"] is not None and _finds_proposals(int(match["head"]), wanted):
         return value[:rows]
-    return value[[*categories, *[_BACKGROUND] * (rows - classes)]]
+    return value[[*categories, *[BACKGROUND] * (rows - classes)]]
 
 
 def _finds_proposals(head: int, keys: Collection[str]) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from .classes import select_classes
 from .layout import ConversionError, Layout, first_match, listed
 from .resnet import to_detectron2
 
+_logger = logging.getLogger(__name__)
+
 # counts batches of training, which frozen norms do not do
 _COUNTER = re.compile(r".+\.num_batches_tracked")
 
@@ -20,13 +23,19 @@ _COUNTER = re.compile(r".+\.num_batches_tracked")
 _CONSTANTS = ("criterion.empty_weight",)
 
 
-def convert(weights: Mapping[str, Tensor], layout: Layout, model: nn.Module) -> dict[str, Tensor]:
+def convert(
+    weights: Mapping[str, Tensor],
+    layout: Layout,
+    model: nn.Module,
+    report: Callable[[str], object] = _logger.info,
+) -> dict[str, Tensor]:
     """Give a model's names and shapes to weights in a layout.
 
     Args:
         weights: by the layout's names.
         layout: which says what becomes of them.
         model: what they are for, on the CPU. It is not changed.
+        report: is given a line that says what only training uses and was left out.
 
     Returns:
         The model's complete state dict, in its precision.
@@ -36,7 +45,8 @@ def convert(weights: Mapping[str, Tensor], layout: Layout, model: nn.Module) -> 
             the model's, or tensors differ that are one in the model.
     """
     wanted = model.state_dict(keep_vars=True)
-    converted = _renamed(weights, layout, wanted)
+    converted = _renamed(layout.unpack(weights), layout, wanted)
+    left_out = _leave_out_training(converted, layout, wanted)
     for key in [*converted]:
         if _COUNTER.fullmatch(key) and key not in wanted:
             del converted[key]
@@ -55,6 +65,8 @@ def convert(weights: Mapping[str, Tensor], layout: Layout, model: nn.Module) -> 
         raise ConversionError(
             f"{len(missing)} of the model's weights are missing: {listed(missing)}"
         )
+    if left_out:
+        report(f"{len(left_out)} weights only training uses are left out: {listed(left_out)}")
     return {key: converted[key] for key in wanted}
 
 
@@ -77,6 +89,18 @@ def _renamed(
             f"{len(unknown)} keys are not understood as {layout.name}: {listed(unknown)}"
         )
     return {key: _join(found) for key, found in parts.items()}
+
+
+def _leave_out_training(
+    converted: dict[str, Tensor], layout: Layout, wanted: Mapping[str, Tensor]
+) -> list[str]:
+    """Remove what only training uses, unless the model has such weights itself; its keys."""
+    if any(layout.for_training(key) for key in wanted):
+        return []
+    keys = [key for key in converted if layout.for_training(key)]
+    for key in keys:
+        del converted[key]
+    return keys
 
 
 def _join(parts: Mapping[int, Tensor]) -> Tensor:

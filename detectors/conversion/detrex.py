@@ -8,5 +8,6 @@ DETREX = Layout(
     name="detrex",
     origin="detrex, and this project itself",
     has=(r"transformer\.decoder\.layers\.0\.(attentions\.1|mixing)\..+",),
+    lacks=(r"ksgt\..+",),  # of KS-DETR's release, whose other names are detrex's
     rules=(Rule(r"(.+)", r"\1"),),
 )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
+
+from torch import Tensor
 
 
 class ConversionError(ValueError):
@@ -46,6 +48,10 @@ class Layout:
         lacks: patterns that no key of the layout matches.
         tied: which of our weights is meant for those that a file leaves out because they are one
             there.
+        unpack: is given all weights before the rules, for what rules cannot say: that rows of a
+            tensor become one of their own, or go.
+        training_only: patterns of those of our keys that are left out, with all that they match,
+            where the model has none of them.
     """
 
     name: str
@@ -54,12 +60,18 @@ class Layout:
     rules: tuple[Rule, ...]
     lacks: tuple[str, ...] = ()
     tied: tuple[Rule, ...] = ()
+    unpack: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict
+    training_only: tuple[str, ...] = ()
 
     def recognise(self, keys: Collection[str]) -> bool:
         """Whether the keys look like this layout's."""
         return all(_any_matches(pattern, keys) for pattern in self.has) and not any(
             _any_matches(pattern, keys) for pattern in self.lacks
         )
+
+    def for_training(self, key: str) -> bool:
+        """Whether a key is one of ours that only training uses."""
+        return any(re.fullmatch(pattern, key) for pattern in self.training_only)
 
     def target(self, key: str) -> Target | None:
         """Where a key's tensor goes; None if no rule knows the key."""

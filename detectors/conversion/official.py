@@ -59,6 +59,7 @@ DETR = Layout(
     name="detr",
     origin="facebookresearch/detr",
     has=(r"transformer\.decoder\.layers\.0\.multihead_attn\.in_proj_weight",),
+    lacks=(r"transformer\.decoder\.layers\.0\.point1\..+",),  # SMCA's centres
     rules=(
         *SINGLE_SCALE,
         *layers(

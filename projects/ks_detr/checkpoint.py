@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from torch import Tensor
+
+from detectors.conversion.detrex import DETREX
+from detectors.conversion.layout import Layout
 
 _SHARING = re.compile(
     r"(?P<attention>.*\.attentions\.0\.)"
@@ -16,10 +20,12 @@ _RELEASED_MLP = "ksgt.smlp_module.token_split_conv.linear.0."
 
 def plain_state_dict(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Drop what exists in training only: the rest is the plain detector's checkpoint."""
-    return {key: value for key, value in state.items() if ".attentions.0.teacher." not in key}
+    return {key: value for key, value in state.items() if not KS_DETR.for_training(key)}
 
 
-def from_released(state: dict[str, Tensor], prefix: str = "transformer.encoder.") -> dict:
+def from_released(
+    state: Mapping[str, Tensor], prefix: str = "transformer.encoder."
+) -> dict[str, Tensor]:
     """Rename a state dict of the released KS-DETR to this project's keys.
 
     The release packs the projections of a dense teacher below the student's in one ``in_proj``
@@ -35,14 +41,15 @@ def from_released(state: dict[str, Tensor], prefix: str = "transformer.encoder."
         for m in map(re.compile(rf"{re.escape(prefix)}layers\.(\d+)\.").match, state)
         if m
     ]
-    teacher = f"{prefix}layers.{max(layers)}.attentions.0.teacher."
+    teacher = f"{prefix}layers.{max(layers, default=0)}.attentions.0.teacher."
     converted = {}
     for key, value in state.items():
         found = _SHARING.fullmatch(key) if key.startswith(prefix) else None
         if key.startswith(_RELEASED_MLP):
             converted[f"{teacher}features.linear.{key[len(_RELEASED_MLP) :]}"] = value
         elif found and found["packed"]:
-            student = 3 * state[f"{found['attention']}attn.out_proj.weight"].shape[0]
+            width = state.get(f"{found['attention']}attn.out_proj.weight")
+            student = len(value) if width is None else 3 * len(width)
             converted[key] = value[:student]
             if len(value) > student:
                 converted[f"{found['attention']}teacher.{found['packed']}"] = value[student:]
@@ -52,3 +59,13 @@ def from_released(state: dict[str, Tensor], prefix: str = "transformer.encoder."
         else:
             converted[key] = value
     return converted
+
+
+KS_DETR = Layout(
+    name="ks-detr",
+    origin="edocanonymous/KS-DETR",
+    has=(r"ksgt\.smlp_module\..+",),
+    unpack=from_released,
+    rules=DETREX.rules,
+    training_only=(r".+\.attentions\.0\.teacher\..+",),
+)

@@ -145,10 +145,45 @@ def test_the_background_stays_last(detr, weights) -> None:
     assert converted(weights, detr)["class_embed.bias"].tolist() == [*ROWS, 91]
 
 
+def test_a_head_with_background_is_none_without(detr, weights, monkeypatch) -> None:
+    monkeypatch.setitem(detr._modules, "class_embed", nn.Linear(256, 80))
+    assert len(weights["class_embed.bias"]) == 92
+    with pytest.raises(ConversionError, match=r"class_embed\.bias is \(92,\), expected \(80,\)"):
+        converted(weights, detr)
+
+
 def test_a_head_of_contiguous_classes_passes_unchanged(detr, weights) -> None:
     weights["class_embed.bias"] = torch.arange(81.0)
     weights["class_embed.weight"] = weights["class_embed.weight"][:81]
     assert converted(weights, detr)["class_embed.bias"].tolist() == [*range(81)]
+
+
+def test_what_only_training_uses_is_left_out_where_the_model_has_none() -> None:
+    layout = Layout("aided", "", (), (Rule("(.*)", r"\1"),), training_only=(r"aid\..+",))
+    lines: list[str] = []
+    weights = nn.ModuleDict({"aid": nn.Linear(2, 3), "body": nn.Linear(2, 2)}).state_dict()
+    whole = convert(weights, layout, nn.ModuleDict({"body": nn.Linear(2, 2)}), lines.append)
+    assert [*whole] == ["body.weight", "body.bias"]
+    assert lines == ["2 weights only training uses are left out: aid.weight, aid.bias"]
+    narrow = nn.Module()
+    narrow.body, narrow.aid = nn.Linear(2, 2), nn.Linear(2, 3, bias=False)
+    with pytest.raises(ConversionError, match=r"1 converted weights are unknown .*: aid\.bias$"):
+        convert(weights, layout, narrow)
+
+
+def test_all_weights_are_unpacked_before_the_rules() -> None:
+    def unpack(weights):
+        first, second = weights["both"]
+        return {"body.weight": first, "body.bias": second}
+
+    layout = Layout("packed", "", ("both",), (Rule(r"body\.(.*)", r"\1"),), unpack=unpack)
+    packed = {"both": torch.arange(4.0).view(2, 2)}
+    assert recognise(packed, [layout]) is layout
+    state = convert(packed, layout, nn.LayerNorm(2))
+    assert {key: value.tolist() for key, value in state.items()} == {
+        "weight": [0, 1],
+        "bias": [2, 3],
+    }
 
 
 def test_parts_are_joined_in_the_order_of_query_key_value() -> None:

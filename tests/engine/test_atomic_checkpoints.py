@@ -201,8 +201,26 @@ def test_training_only_weights_may_be_missing_when_training_starts(tmp_path, eng
         "2 weights only training uses were not loaded but initialised: layer.t" in engine_log.text
     )
     assert "1 weights only training uses were ignored: layer.old.teacher.bias" in engine_log.text
-    with pytest.raises(UserError, match="2 missing"):
-        checkpointer(student, strictness="evaluate").load(str(tmp_path / "plain.pth"))
+
+
+def test_training_only_weights_may_be_missing_when_a_student_is_evaluated(tmp_path, engine_log):
+    model = nn.ModuleDict({"net": net(2, 3), "layer": nn.ModuleDict({"teacher": nn.Linear(2, 2)})})
+    path = str(tmp_path / "plain.pth")
+    weights = {f"net.{key}": value for key, value in net(2, 3).state_dict().items()}
+    torch.save(weights, path)
+    checkpointer(model, strictness="evaluate").load(path)
+    assert torch.equal(model["net"][0].weight, weights["net.0.weight"])
+    assert (
+        "2 weights only training uses were not loaded but initialised, and not used in an "
+        "evaluation: layer.teacher.weight, layer.teacher.bias"
+    ) in engine_log.text
+    with pytest.raises(UserError, match=r"no teacher weights \(2 missing: layer\.teacher\.w"):
+        checkpointer(model, strictness="evaluate branches").load(path)
+    del weights["net.0.bias"]
+    torch.save(weights, path)
+    for strictness in ("evaluate", "evaluate branches"):
+        with pytest.raises(UserError, match=r"another architecture .*: 1 missing \(net\.0\.bias\)"):
+            checkpointer(model, strictness=strictness).load(path)
 
 
 def test_evaluating_twice_gives_the_same_results(tmp_path):

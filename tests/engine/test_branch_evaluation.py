@@ -185,6 +185,50 @@ def test_two_processes(trained, tiny_data, tmp_path):
             np.testing.assert_allclose(two[image], rows, rtol=1e-4, atol=1e-3)
 
 
+# --- a plain detector's weights -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def plain(trained, tmp_path_factory):
+    """The trained checkpoint without teachers, averages included."""
+    content = torch.load(trained[0] / "model_final.pth", weights_only=True)
+    path = tmp_path_factory.mktemp("plain") / "plain.pth"
+    kept = {
+        part: {key: value for key, value in content[part].items() if ".teacher." not in key}
+        for part in ("model", "ema_state")
+    }
+    assert len(content["model"]) - len(kept["model"]) == 4
+    torch.save(kept, path)
+    return path
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_the_student_needs_no_teacher_weights(trained, plain, tmp_path, engine_log, averaged):
+    overrides = [f"train.init_checkpoint={plain}", f"train.model_ema.enabled={averaged}"]
+    overrides += [f"train.model_ema.use_ema_weights_for_eval_only={averaged}"]
+    found = run(tmp_path, *overrides, eval_only=True)
+    expected = trained[1]["ema"] if averaged else trained[1]
+    assert repr(found["bbox"]) == repr(expected["bbox"])
+    assert engine_log.text.count("4 weights only training uses were not loaded but") == 1
+
+
+@pytest.mark.parametrize("setting", [ALL, "evaluation.branch=share_a"])
+def test_a_teacher_needs_its_weights(plain, tmp_path, setting):
+    message = fails(tmp_path, setting, f"train.init_checkpoint={plain}", eval_only=True)
+    assert "plain.pth has no teacher weights (4 missing: transformer.encoder.layers.1." in message
+    assert message.endswith("which evaluation.branch needs for all but the student")
+
+
+def test_averages_of_another_model_are_refused(plain, tmp_path):
+    content = torch.load(plain, weights_only=True)
+    del content["ema_state"]["class_embed.bias"]
+    torch.save(content, tmp_path / "damaged.pth")
+    overrides = [f"train.init_checkpoint={tmp_path}/damaged.pth", "train.model_ema.enabled=True"]
+    overrides += ["train.model_ema.use_ema_weights_for_eval_only=True"]
+    message = fails(tmp_path, *overrides, eval_only=True)
+    assert "lacks averages (ema_state) of 1 of the model's weights, such as class_e" in message
+
+
 # --- what is wrong is said in one line ------------------------------------------------------------
 
 
