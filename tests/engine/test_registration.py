@@ -44,3 +44,16 @@ def test_registered_data_has_the_generated_content(tmp_path):
     assert boxes == [a["bbox"] for a in content["annotations"]]
     assert {a["category_id"] for r in records for a in r["annotations"]} <= set(range(9))
     assert any(a["iscrowd"] for r in records for a in r["annotations"])
+
+
+def test_sets_beside_the_first_have_their_folders_names(monkeypatch, tmp_path):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    generate(Settings(train_images=2, val_images=1), tmp_path / "shapes_more")
+    (tmp_path / "shapes_not_drawn").mkdir()
+    register_shapes()
+    assert len(DatasetCatalog.get("shapes_more_train")) == 2
+    assert MetadataCatalog.get("shapes_more_val").image_root == str(tmp_path / "shapes_more/val")
+    assert "shapes_not_drawn_train" not in DatasetCatalog.list()
+    for split in ("train", "val"):
+        DatasetCatalog.remove(f"shapes_more_{split}")
+        MetadataCatalog.remove(f"shapes_more_{split}")
