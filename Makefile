@@ -1,4 +1,5 @@
 # make quickstart   train and evaluate KS-Conditional-DETR on generated images
+# make study        compare all methods at small scale: docs/study; ARGS="--list" goes to study.py
 # make test         the whole test suite; ARGS="-k boxes" goes to pytest
 # make lint         format, lint and types
 # make sanitize     the operators' tests under address and undefined-behaviour sanitizers
@@ -22,7 +23,7 @@ OUTPUT := output/quickstart
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 export PYTHONUNBUFFERED := 1
 
-.PHONY: env quickstart test lint sanitize
+.PHONY: env quickstart study test lint sanitize
 
 env:
 	@$(if $(wildcard $(RUN)),$(RUN),$(PYTHON)) tools/setup_env.py $(VENV) --torch "$(TORCH)"
@@ -38,6 +39,9 @@ quickstart: env
 	@echo
 	@echo "Everything is in $(OUTPUT)/:"
 	@cd $(OUTPUT) && ls -d config.yaml metrics.json events.* model_*.pth *.png
+
+study: env
+	$(RUN) tools/study.py $(ARGS)
 
 test: export OMP_NUM_THREADS := 1
 test: env

@@ -1,0 +1,1 @@
+"""A study at small scale: what each method buys on generated shapes."""
