@@ -281,7 +281,7 @@ def test_without_sources_there_is_nothing_to_build(checkout: Path) -> None:
 # --- commands and documents ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target", ["quickstart", "test", "lint"])
+@pytest.mark.parametrize("target", ["quickstart", "study", "test", "lint"])
 def test_commands_name_files_that_exist(target: str) -> None:
     result = run("make", "-n", target, cwd=ROOT)
     assert result.returncode == 0, result.stderr
