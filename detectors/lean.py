@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ops import dropout_add, relu_dropout
+from ops.dropout import draw_seed, drop_
+
 
 def lean_attention(
     query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, dropout_p: float
 ) -> Tensor:
-    """Scaled dot-product attention that keeps no weights.
-
-    With dropout, which of them remain is kept, a byte each.
+    """Scaled dot-product attention on the CPU that keeps no weights, nor which are dropped.
 
     Args:
         query: (B, H, N, D).
@@ -60,18 +61,18 @@ class _Attention(torch.autograd.Function):
         allowed: Tensor | None,
         dropout_p: float,
     ) -> Tensor:
-        weights = _weights(query, key, allowed)
-        kept = _kept(weights, dropout_p)
-        ctx.save_for_backward(query, key, value, kept, allowed)
-        ctx.scale = 1 / (1 - dropout_p)
-        return (weights.mul_(kept) @ value).mul_(ctx.scale)
+        seed = draw_seed()
+        ctx.save_for_backward(query, key, value, seed, allowed)
+        ctx.dropout_p = dropout_p
+        return drop_(_weights(query, key, allowed), dropout_p, seed) @ value
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, kept, allowed = ctx.saved_tensors
-        weights, grad = _weights(query, key, allowed), grad * ctx.scale
-        grad_value = (weights * kept).transpose(-2, -1) @ grad
-        grad_weights = (grad @ value.transpose(-2, -1)).mul_(kept)
+        query, key, value, seed, allowed = ctx.saved_tensors
+        weights = _weights(query, key, allowed)
+        dropped = dropout_add(weights, None, ctx.dropout_p, seed=seed)
+        grad_value = dropped.transpose(-2, -1) @ grad
+        grad_weights = drop_(grad @ value.transpose(-2, -1), ctx.dropout_p, seed)
         grad_logits = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
         grad_logits = grad_logits * query.shape[-1] ** -0.5
         grad_key = grad_logits.transpose(-2, -1) @ query
@@ -90,24 +91,28 @@ class ReLUDropout(nn.Module):
 
     Args:
         p: how often an element is dropped in training.
+        inplace: whether the result may overwrite the input.
     """
 
-    def __init__(self, p: float):
+    def __init__(self, p: float, inplace: bool = False):
         super().__init__()
         self.p = p
+        self.inplace = inplace
 
     def forward(self, values: Tensor) -> Tensor:
         """Values of any shape to the same."""
-        if not self.training or self.p == 0:
-            return F.relu(values)
+        if values.device.type == "cpu" or not self.training or self.p == 0:
+            return relu_dropout(values, self.p, self.training, self.inplace)
         return _ReLUDropout.apply(values, self.p)
 
 
 class _ReLUDropout(torch.autograd.Function):
+    """With PyTorch's own dropout, which would keep its mask and what it drops from."""
+
     @staticmethod
     def forward(ctx: Any, values: Tensor, p: float) -> Tensor:
         ctx.scale = 1 / (1 - p)
-        result = values.relu().mul_(_kept(values, p)).mul_(ctx.scale)
+        result = F.dropout(values.relu(), p)
         ctx.save_for_backward(result)
         return result
 
@@ -115,12 +120,3 @@ class _ReLUDropout(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (result,) = ctx.saved_tensors  # positive where a gradient passes
         return torch.ops.aten.threshold_backward(grad, result, 0).mul_(ctx.scale), None
-
-
-def _kept(like: Tensor, p: float) -> Tensor:
-    """Bool in the shape of a tensor, False with probability ``p`` in steps of 2^-16."""
-    # four draws from one 64-bit number: on the CPU, floats take longer than what they decide
-    count = like.numel()
-    numbers = torch.randint(-(2**63), 2**63 - 1, (-(-count // 4),), device=like.device)
-    draws = numbers.view(torch.int16)[:count].view(like.shape)
-    return draws >= round(p * 2**16) - 2**15

@@ -9,6 +9,8 @@ from detrex.layers import FFN
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import ops
+
 from .lean import ReLUDropout
 from .structures import STUDENT, Branch, EncoderContext, FeatureMaps, Memory, Targets
 
@@ -118,12 +120,26 @@ class Transformer(nn.Module):
                 init_weights()
 
 
+class FeedForward(FFN):
+    """detrex's network, whose last dropout and residual sum are one operator."""
+
+    def forward(self, x: Tensor, identity: Tensor | None = None) -> Tensor:
+        """Tokens (..., C) to ``identity``, by default ``x``, plus the network's output (..., C)."""
+        *layers, dropout = self.layers
+        output = x
+        for layer in layers:
+            output = layer(output)
+        identity = x if identity is None else identity
+        return ops.dropout_add(output, identity, dropout.p, dropout.training)
+
+
 def feed_forward(
     embed_dim: int, feedforward_dim: int, dropout: float, activation: nn.Module | None
-) -> FFN:
+) -> FeedForward:
     """A feed-forward network with residual and its own copy of the activation, by default ReLU."""
-    hidden = ReLUDropout(dropout) if activation is None else copy.deepcopy(activation)
-    network = FFN(embed_dim, feedforward_dim, ffn_drop=dropout, activation=hidden)
+    # nothing else needs what the linear layer before it returns
+    hidden = ReLUDropout(dropout, inplace=True) if activation is None else copy.deepcopy(activation)
+    network = FeedForward(embed_dim, feedforward_dim, ffn_drop=dropout, activation=hidden)
     if activation is None:
         network.layers[0][2] = nn.Identity()  # what drops is the activation
     return network

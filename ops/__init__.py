@@ -3,11 +3,14 @@
 from .assignment import linear_sum_assignment
 from .deformable_attention import multi_scale_deformable_attention
 from .deformable_module import MultiScaleDeformableAttention
+from .dropout import dropout_add, relu_dropout
 from .gaussian_attention import gaussian_attention
 
 __all__ = [
     "MultiScaleDeformableAttention",
+    "dropout_add",
     "gaussian_attention",
     "linear_sum_assignment",
     "multi_scale_deformable_attention",
+    "relu_dropout",
 ]

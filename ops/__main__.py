@@ -14,7 +14,7 @@ def describe() -> list[str]:
     lines = [f"{'operator':34}{''.join(f'{device:12}' for device in devices)}".rstrip()]
     for name in names:
         if name[0].islower():
-            used = [_library.backend(device) for device in devices]
+            used = [backend(name, device) for device in devices]
             lines.append(f"{name:34}{''.join(f'{backend:12}' for backend in used)}".rstrip())
     lines.append("")
     if _library.COMPILED_PATH is None:
@@ -37,6 +37,14 @@ def describe() -> list[str]:
         f"threads            {torch.get_num_threads()}",
     ]
     return lines
+
+
+def backend(name: str, device: str) -> str:
+    """What runs an operator on a device type."""
+    full_name = f"{_library.NAMESPACE}::{name}"
+    if torch._C._dispatch_has_kernel_for_dispatch_key(full_name, device.upper()):
+        return _library.backend(device)
+    return "PyTorch"
 
 
 def _triton_version() -> str:

@@ -63,6 +63,28 @@ def fold_mapped_axis(operator: torch._ops.OpOverload, shared: Sequence[int] = ()
     torch.library.register_vmap(operator, rule)
 
 
+def map_one_by_one(operator: torch._ops.OpOverload) -> None:
+    """Register the rule by which ``torch.vmap`` calls an operator for one entry after the other.
+
+    Args:
+        operator: with one tensor as its result; every entry's is what it would be on its own.
+    """
+
+    def rule(info: Any, in_dims: Sequence[int | None], *inputs: Any) -> tuple[Tensor, int]:
+        results = [
+            operator(
+                *(
+                    x if dim is None else x.select(dim, entry)
+                    for x, dim in zip(inputs, in_dims, strict=True)
+                )
+            )
+            for entry in range(info.batch_size)
+        ]
+        return torch.stack(results), 0
+
+    torch.library.register_vmap(operator, rule)
+
+
 def _fold(tensor: Tensor, dim: int | None, size: int) -> Tensor:
     if dim is None:
         return tensor.expand(size, *tensor.shape).flatten(0, 1)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ._checks import match_shape
 from .deformable_attention import Sizes, multi_scale_deformable_attention
+from .dropout import dropout_add
 
 
 class MultiScaleDeformableAttention(nn.Module):
@@ -116,7 +117,7 @@ class MultiScaleDeformableAttention(nn.Module):
         output = self.output_proj(output)
         if not self.batch_first:
             output = output.transpose(0, 1)
-        return self.dropout(output) + identity
+        return dropout_add(output, identity, self.dropout.p, self.dropout.training)
 
     def project_value(
         self, value: Tensor, key_padding_mask: Tensor | None, layer: nn.Module | None = None

@@ -92,4 +92,5 @@ class KnowledgeSharingDeformableAttention(DeformableSelfAttention):
                 1, ops.multi_scale_deformable_attention(values[0], shapes, locations, weights)
             )
         output = self.output_proj(torch.cat(sampled))
-        return self.dropout(output) + repeat_rows(tokens, output)
+        tokens = repeat_rows(tokens, output)
+        return ops.dropout_add(output, tokens, self.dropout.p, self.dropout.training)

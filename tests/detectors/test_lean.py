@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from detectors.lean import ReLUDropout, lean_attention
+from detectors.lean import ReLUDropout, _ReLUDropout, lean_attention
 
 
 def drawn(shape, p):
@@ -47,17 +47,36 @@ def test_attention_is_the_formula(sizes, p, masked):
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.7])
-def test_relu_dropout_is_the_formula(p):
+@pytest.mark.parametrize("inplace", [False, True])
+def test_relu_dropout_is_the_formula(p, inplace):
     values = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
-    layer = ReLUDropout(p).train()
+    layer = ReLUDropout(p, inplace).train()
     kept = drawn(values.shape, p)
-    found, expected = layer(values), values.clamp(min=0) * kept / (1 - p)
+    found, expected = layer(values.clone()), values.clamp(min=0) * kept / (1 - p)
     torch.testing.assert_close(found, expected)
     cotangent = torch.randn_like(expected)
     torch.testing.assert_close(
         *(torch.autograd.grad(y, values, cotangent) for y in (found, expected))
     )
     assert torch.equal(layer.eval()(values), values.clamp(min=0))
+
+
+def test_relu_dropout_with_the_dropout_of_other_devices():
+    values = torch.randn(50, 7, dtype=torch.float64, requires_grad=True)
+    found = _ReLUDropout.apply(values, 0.4)
+    kept = found.detach() > 0
+    assert 0.4 < (kept.sum() / (values > 0).sum()).item() < 0.8
+    assert not (kept & (values <= 0)).any()
+    expected = values * kept / 0.6
+    torch.testing.assert_close(found, expected)
+    cotangent = torch.randn_like(expected)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(y, values, cotangent) for y in (found, expected))
+    )
+    hidden = torch.randn(64, 32, requires_grad=True)
+    assert stored_bytes(lambda: _ReLUDropout.apply(hidden, 0.1)) == hidden.nbytes
+    on_meta = ReLUDropout(0.1, inplace=True).train()(hidden.to("meta"))
+    assert (on_meta.shape, on_meta.device.type) == (hidden.shape, "meta")
 
 
 def stored_bytes(function):
@@ -74,8 +93,9 @@ def test_what_is_stored_is_small():
     query, key, value = (torch.randn(1, 2, 64, 8, requires_grad=True) for _ in range(3))
     inputs = 3 * query.nbytes
     weights = 2 * 64 * 64
+    seed = 8
     kept = stored_bytes(lambda: lean_attention(query, key, value, None, 0.1))
-    assert kept == inputs + weights  # a byte each
+    assert kept == inputs + seed
     wide = torch.randn(1, 2, 64, 4, requires_grad=True)
     assert stored_bytes(lambda: lean_attention(query, key, wide, None, 0.0)) < inputs + 4 * weights
     hidden = torch.randn(64, 32, requires_grad=True)

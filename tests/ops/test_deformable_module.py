@@ -107,6 +107,18 @@ def test_autocast(layer) -> None:
     torch.testing.assert_close(output.float(), expected, atol=0.1, rtol=0.1)
 
 
+def test_dropout_acts_on_the_output_before_the_sum(layer) -> None:
+    layer.double().dropout.p = 0.5
+    identity = torch.randn(2, 6, 16, dtype=torch.float64)
+    torch.manual_seed(0)
+    dropped, whole = (
+        call(layer.train(mode), identity=identity) - identity for mode in (True, False)
+    )
+    kept = dropped != 0
+    assert 0.4 < kept.double().mean() < 0.6
+    torch.testing.assert_close(dropped[kept], 2 * whole[kept])
+
+
 def test_compiles_without_a_graph_break(layer) -> None:
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
     for images, queries in ((1, 4), (3, 6), (2, 9)):

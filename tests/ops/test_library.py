@@ -24,6 +24,7 @@ ops.multi_scale_deformable_attention(value, [(3, 4)], torch.rand(1, 5, 2, 1, 3, 
 tokens, places = torch.rand(1, 2, 12, 4), torch.rand(1, 2, 12, 2)
 ops.gaussian_attention(tokens, tokens, tokens, (3, 4), places, places)
 ops.linear_sum_assignment(torch.rand(2, 5, 3), [1, 2])
+ops.dropout_add(ops.relu_dropout(torch.rand(2, 5)), torch.rand(2, 5))
 """
 
 
@@ -76,6 +77,7 @@ def test_the_report_names_backends_and_build() -> None:
     names = [name for name in ops.__all__ if name.islower()]
     for name in names:
         assert rows[name].split()[0] == _library.backend("cpu")
+    assert rows["dropout_add"].split()[1] == "PyTorch"  # on CUDA
     assert torch.__version__ in result.stdout
     if _library.COMPILED_PATH is not None:
         for word in ("-O3", "-fopenmp", _library.cpu_capability()):

@@ -48,65 +48,6 @@ void transpose(const A* from, int64_t columns, int64_t from_row, A* to) {
   }
 }
 
-// 32 random bits for each key of a row, the same in the Triton kernels: a hash of the seed, the row
-// (image, head and query counted as one) and the key.
-struct DropoutRow {
-  uint32_t first, second;
-
-  DropoutRow(uint64_t seed, int64_t row) {
-    first = mix(static_cast<uint32_t>(row) ^ static_cast<uint32_t>(seed));
-    second = mix(first + static_cast<uint32_t>(seed >> 32) + 0x9E3779B9u);
-  }
-
-  template <typename Bits>
-  DETR_METHODS_INLINE Bits bits(Bits key) const {
-    Bits x = (key * 0x9E3779B9u) ^ first;
-    x = x ^ (x >> 16);
-    x = x * 0x7FEB352Du;
-    x = x ^ (x >> 15);
-    x = x + second;
-    x = x * 0x846CA68Bu;
-    return x ^ (x >> 16);
-  }
-
- private:
-  static uint32_t mix(uint32_t x) {
-    x ^= x >> 16;
-    x *= 0x7FEB352Du;
-    x ^= x >> 15;
-    x *= 0x846CA68Bu;
-    return x ^ (x >> 16);
-  }
-};
-
-// Factor of each dropped or kept weight: 0 or 1 / (1 - p).
-template <typename A>
-struct Dropout {
-  typedef uint32_t HalfOfVector __attribute__((vector_size(DETR_METHODS_VECTOR_BYTES / 2)));
-  using Bits = std::conditional_t<sizeof(A) == 8, HalfOfVector, Vector<uint32_t>>;
-
-  bool active;
-  uint64_t seed;
-  uint32_t threshold;
-  A kept;
-
-  explicit Dropout(const GaussianShape& shape)
-      : active(shape.dropout > 0),
-        seed(shape.seed),
-        threshold(static_cast<uint32_t>(shape.dropout * 4294967296.0)),
-        kept(static_cast<A>(1 / (1 - shape.dropout))) {}
-
-  DETR_METHODS_INLINE Vector<A> factors(const DropoutRow& row, int64_t first_key) const {
-    Bits key;
-    uint32_t offsets[lanes<A>];
-    for (int i = 0; i < lanes<A>; ++i) offsets[i] = i;
-    std::memcpy(&key, offsets, sizeof(key));
-    const auto dropped = row.bits(key + static_cast<uint32_t>(first_key)) < threshold;
-    const auto mask = __builtin_convertvector(dropped, Vector<IntegerOf<A>>);
-    return select<A>(mask, Vector<A>{}, splat(kept));
-  }
-};
-
 // One block of keys of one head: both layouts of keys and values, and where the keys are.
 template <typename A>
 struct KeyBlock {
@@ -231,7 +172,7 @@ void gaussian_forward(const GaussianShape& shape, const GaussianForward<T, A>& t
   const int64_t channels = whole_vectors<A>(shape.channels);
   const int64_t value_channels = whole_vectors<A>(shape.value_channels);
   const int64_t chunks = (shape.queries + chunk - 1) / chunk, rows = whole_tiles(chunk);
-  const Dropout<A> dropout(shape);
+  const Dropout<A> dropout(shape.dropout, shape.seed);
   KeyBlock<A> keys(channels, value_channels);
   std::vector<A> query(rows * channels), output(rows * value_channels);
   std::vector<A> products(query_block * key_block);
@@ -345,7 +286,7 @@ void gaussian_backward(const GaussianShape& shape, const GaussianBackward<T, A>&
                        int64_t begin, int64_t end) {
   const int64_t channels = whole_vectors<A>(shape.channels), n = shape.queries;
   const int64_t value_channels = whole_vectors<A>(shape.value_channels), rows = whole_tiles(n);
-  const Dropout<A> dropout(shape);
+  const Dropout<A> dropout(shape.dropout, shape.seed);
   KeyBlock<A> keys(channels, value_channels);
   QueryGradients<A> queries(rows, channels, value_channels);
   std::vector<A> weights(query_block * key_block), grad_logits(query_block * key_block);
