@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .adamixer_layer import AdaMixerLayer, Pyramid, refine, to_boxes, whole_image
 from .boxes import generalized_iou
 from .criterion import SetCriterion, average_count
+from .decoder import Decoder
 from .detector import Detector
 from .structures import (
     STUDENT,
@@ -31,7 +32,7 @@ from .structures import (
 from .transformer import Transformer
 
 
-class AdaMixerDecoder(nn.Module):
+class AdaMixerDecoder(Decoder):
     """Layers that move the queries' positions; each starts where the one before has left them.
 
     Args:
@@ -43,6 +44,7 @@ class AdaMixerDecoder(nn.Module):
         num_groups: G, a divisor of C: groups of channels with points of their own.
         in_points: P, points of a query and group.
         out_points: what mixing makes of them.
+        checkpoint_layers: see :class:`~detectors.decoder.Decoder`.
     """
 
     def __init__(
@@ -55,13 +57,11 @@ class AdaMixerDecoder(nn.Module):
         num_groups: int = 4,
         in_points: int = 32,
         out_points: int = 128,
+        checkpoint_layers: bool = False,
     ):
-        super().__init__()
-        if num_layers < 1:
-            raise ValueError(f"num_layers is {num_layers}, a decoder needs at least 1")
+        super().__init__(embed_dim, num_layers, checkpoint_layers)
         if embed_dim % num_groups:
             raise ValueError(f"num_groups {num_groups} does not divide embed_dim {embed_dim}")
-        self.embed_dim = embed_dim
         self.strides = tuple(strides)
         self.layers = nn.ModuleList(
             AdaMixerLayer(embed_dim, num_heads, feedforward_dim, num_groups, in_points, out_points)
@@ -83,7 +83,8 @@ class AdaMixerDecoder(nn.Module):
         pyramid = Pyramid(memory.tokens, memory.spatial_shapes, self.strides, position.dtype)
         states, positions = [], []
         for layer, head in zip(self.layers, bbox_embed, strict=True):
-            content = layer(content, position, pyramid, queries.attention_mask, attention)
+            inputs = content, position, pyramid, queries.attention_mask
+            content = self.run_layer(layer, *inputs, attention=attention)
             states.append(content)
             positions.append(position)
             with torch.no_grad(), torch.autocast(content.device.type, enabled=False):

@@ -7,6 +7,7 @@ from detrex.layers import MLP, get_sine_pos_embed
 from torch import Tensor, nn
 
 from .attention import ConditionalCrossAttention, ConditionalSelfAttention
+from .decoder import Decoder
 from .detr import DETR
 from .structures import AttentionMaps, DecoderOutput, Memory, Queries, repeat_rows
 from .transformer import feed_forward
@@ -64,7 +65,7 @@ class ConditionalDecoderLayer(nn.Module):
         return self.norms[2](self.ffns[0](self.norms[1](content)))
 
 
-class ConditionalDecoder(nn.Module):
+class ConditionalDecoder(Decoder):
     """Decoder whose spatial queries are sine embeddings of reference points, scaled by content.
 
     Args:
@@ -79,6 +80,7 @@ class ConditionalDecoder(nn.Module):
         mask_padding_in_training: keep the cross-attention off padded cells in training too.
             detrex does not, and its weights are trained that way. In evaluation padding is masked
             whenever the memory says where it is.
+        checkpoint_layers: see :class:`~detectors.decoder.Decoder`.
     """
 
     def __init__(
@@ -92,11 +94,9 @@ class ConditionalDecoder(nn.Module):
         num_layers: int = 6,
         temperature: int = 10000,
         mask_padding_in_training: bool = False,
+        checkpoint_layers: bool = False,
     ):
-        super().__init__()
-        if num_layers < 1:
-            raise ValueError(f"num_layers is {num_layers}, a decoder needs at least 1")
-        self.embed_dim = embed_dim
+        super().__init__(embed_dim, num_layers, checkpoint_layers)
         self.temperature = temperature
         self.mask_padding_in_training = mask_padding_in_training
         self.layers = nn.ModuleList(
@@ -128,7 +128,8 @@ class ConditionalDecoder(nn.Module):
             spatial = sine
             if index > 0:
                 spatial = repeat_rows(sine, content) * self.query_scale(content)
-            content = layer(content, queries, spatial, memory, padding, attention)
+            inputs = content, queries, spatial, memory, padding
+            content = self.run_layer(layer, *inputs, attention=attention)
             states.append(self.post_norm_layer(content))
         return DecoderOutput(
             torch.stack(states), references[None], memory.branches, attention, queries.denoising

@@ -84,7 +84,8 @@ class DABDecoder(ConditionalDecoder):
             sine = get_sine_pos_embed(boxes, self.embed_dim // 2, self.temperature)
             positioned = Queries(content, self.ref_point_head(sine), queries.attention_mask)
             spatial = self._spatial_query(sine[..., : self.embed_dim], content, boxes, index == 0)
-            content = layer(content, positioned, spatial, memory, padding, attention)
+            inputs = content, positioned, spatial, memory, padding
+            content = self.run_layer(layer, *inputs, attention=attention)
             states.append(self.post_norm_layer(content))
             if index < len(self.layers) - 1:
                 references.append(self._refine(content, boxes))

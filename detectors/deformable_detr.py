@@ -13,6 +13,7 @@ from detrex.modeling.neck import ChannelMapper
 from torch import Tensor, nn
 
 from .attention import QuerySelfAttention
+from .decoder import Decoder
 from .deformable_attention import DeformableCrossAttention
 from .detector import Detector
 from .heads import decode_boxes
@@ -89,7 +90,7 @@ class DeformableDecoderLayer(nn.Module):
         return self.norms[2](self.ffns[0](self.norms[1](content)))
 
 
-class DeformableDecoder(nn.Module):
+class DeformableDecoder(Decoder):
     """Decoder that samples around reference points or boxes, refined by every layer or kept.
 
     Args:
@@ -102,6 +103,7 @@ class DeformableDecoder(nn.Module):
         num_layers: L, at least one.
         num_levels: V.
         num_points: P, sampling points per head and level.
+        checkpoint_layers: see :class:`~detectors.decoder.Decoder`.
     """
 
     bbox_embed: nn.ModuleList | None
@@ -118,11 +120,9 @@ class DeformableDecoder(nn.Module):
         num_layers: int = 6,
         num_levels: int = 4,
         num_points: int = 4,
+        checkpoint_layers: bool = False,
     ):
-        super().__init__()
-        if num_layers < 1:
-            raise ValueError(f"num_layers is {num_layers}, a decoder needs at least 1")
-        self.embed_dim = embed_dim
+        super().__init__(embed_dim, num_layers, checkpoint_layers)
         self.layers = nn.ModuleList(
             DeformableDecoderLayer(
                 embed_dim, num_heads, num_levels, num_points, attn_dropout, feedforward_dim,
@@ -148,9 +148,8 @@ class DeformableDecoder(nn.Module):
             current = references[-1]
             on_levels = current[:, :, None] * repeat_rows(ratios, current)[..., : current.shape[-1]]
             position = self.query_position(index, content, queries, current, on_levels)
-            content = layer(
-                content, position, on_levels, memory, padding, queries.attention_mask, attention
-            )
+            inputs = content, position, on_levels, memory, padding, queries.attention_mask
+            content = self.run_layer(layer, *inputs, attention=attention)
             states.append(content)
             if self.bbox_embed is not None and index < len(self.layers) - 1:
                 references.append(self._refine(self.bbox_embed[index], content, current))

@@ -10,6 +10,7 @@ from detrex.layers import MLP
 from torch import Tensor, nn
 
 from .attention import QueryCrossAttention, QuerySelfAttention
+from .decoder import Decoder
 from .detector import Detector
 from .structures import AttentionMaps, DecoderOutput, LearnedQueries, Memory, Queries
 from .transformer import feed_forward
@@ -60,7 +61,7 @@ class DETRDecoderLayer(nn.Module):
         return self.norms[2](self.ffns[0](self.norms[1](content)))
 
 
-class DETRDecoder(nn.Module):
+class DETRDecoder(Decoder):
     """Decoder that knows where its queries look from their learned positions alone.
 
     Padded cells are never attended to, neither in training nor in evaluation, wherever the memory
@@ -74,6 +75,7 @@ class DETRDecoder(nn.Module):
         ffn_dropout: dropout of the feed-forward networks.
         activation: of the feed-forward networks; each layer owns a copy.
         num_layers: L, at least one.
+        checkpoint_layers: see :class:`~detectors.decoder.Decoder`.
     """
 
     def __init__(
@@ -85,11 +87,9 @@ class DETRDecoder(nn.Module):
         ffn_dropout: float = 0.1,
         activation: nn.Module | None = None,
         num_layers: int = 6,
+        checkpoint_layers: bool = False,
     ):
-        super().__init__()
-        if num_layers < 1:
-            raise ValueError(f"num_layers is {num_layers}, a decoder needs at least 1")
-        self.embed_dim = embed_dim
+        super().__init__(embed_dim, num_layers, checkpoint_layers)
         self.layers = nn.ModuleList(
             DETRDecoderLayer(
                 embed_dim, num_heads, attn_dropout, feedforward_dim, ffn_dropout, activation
@@ -107,7 +107,8 @@ class DETRDecoder(nn.Module):
             padding = memory.for_branches(padding)
         content, states = queries.content, []
         for layer in self.layers:
-            content = layer(content, queries, memory, memory.positions, padding, attention)
+            inputs = content, queries, memory, memory.positions, padding
+            content = self.run_layer(layer, *inputs, attention=attention)
             states.append(self.post_norm_layer(content))
         return DecoderOutput(
             torch.stack(states), None, memory.branches, attention, queries.denoising

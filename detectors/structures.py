@@ -291,6 +291,18 @@ class AttentionMaps:
     sampling: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     gaussian: list[Tensor] = field(default_factory=list)
 
+    def new(self) -> AttentionMaps:
+        """Empty lists of the same kinds."""
+        return AttentionMaps(*(type(maps)() for maps in self._lists()))
+
+    def extend(self, more: AttentionMaps) -> None:
+        """Append the maps of further layers."""
+        for maps, added in zip(self._lists(), more._lists(), strict=True):
+            maps.extend(added)
+
+    def _lists(self) -> tuple[list, ...]:
+        return self.self_attention, self.cross_attention, self.sampling, self.gaussian
+
 
 @dataclass(frozen=True)
 class DecoderOutput:

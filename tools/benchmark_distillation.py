@@ -8,7 +8,8 @@
 Steps are forward and backward on random images with random weights. Cases are timed in turns, on
 the CPU in seconds of the process, which do not grow with what else the machine does. Peaks are
 resident memory beyond that before the step, on the CPU, each case in a process of its own. "maps
-kept" is the step that keeps all attention weights, as plain operations would.
+kept" is the step that keeps all attention weights, as plain operations would. It and "student"
+compute nothing twice, whatever the student's decoder.checkpoint_layers says of the others.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from detectron2.structures import Boxes, Instances
 from omegaconf import DictConfig
 from tabulate import tabulate
 
+from detectors.decoder import Decoder
 from detectors.structures import AttentionMaps
 from engine.config import load_config
 from engine.errors import UserError, exit_code_of
@@ -91,7 +93,13 @@ class Bench:
         self.batch = batch
         self.student = instantiate(config.model.student).to(device).train()
         self.teacher = instantiate(config.model.teacher.detector).to(device).eval()
+        self.checkpoint_layers = self.decoder.checkpoint_layers
         self.set_size(size)
+
+    @property
+    def decoder(self) -> Decoder:
+        """The student's."""
+        return self.student.transformer.decoder
 
     def set_size(self, size: Sequence[int]) -> None:
         """Take images of another (h, w)."""
@@ -112,7 +120,7 @@ class Bench:
         if name == TEACHER:
             return torch.no_grad()(lambda: self.teacher(self.inputs))
         if name == STUDENT:
-            return lambda: self._step(self.student)
+            return lambda: self._step(self.student, False)
         objectives = list(instantiate(self.nodes))
         if name == KEPT:
             for part in objectives:
@@ -122,9 +130,11 @@ class Bench:
             objectives = [part for i, part in enumerate(objectives) if _label(i, part) == name]
         kind = KeepingDistiller if name == KEPT else Distiller
         model = kind(self.student, self.teacher, objectives).to(self.student.device).train()
-        return lambda: self._step(model)
+        checkpointed = self.checkpoint_layers and name != KEPT
+        return lambda: self._step(model, checkpointed)
 
-    def _step(self, model: torch.nn.Module) -> None:
+    def _step(self, model: torch.nn.Module, checkpoint_layers: bool) -> None:
+        self.decoder.checkpoint_layers = checkpoint_layers
         model.zero_grad(set_to_none=True)
         torch.stack(list(model(self.inputs).values())).sum().backward()
 

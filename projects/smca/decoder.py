@@ -8,6 +8,7 @@ import torch
 from detrex.layers import MLP
 from torch import Tensor, nn
 
+from detectors.decoder import Decoder
 from detectors.detr import DETRDecoderLayer
 from detectors.structures import AttentionMaps, DecoderOutput, Memory, Queries
 
@@ -57,7 +58,7 @@ class SMCADecoderLayer(DETRDecoderLayer):
         return self.norms[2](self.ffns[0](self.norms[1](content)))
 
 
-class SMCADecoder(nn.Module):
+class SMCADecoder(Decoder):
     """Decoder whose queries look around an initial centre, on one level or several.
 
     The first layer's input predicts the centre, which all layers and all boxes start from. Padded
@@ -73,9 +74,8 @@ class SMCADecoder(nn.Module):
         ffn_dropout: dropout of the feed-forward networks.
         activation: of the feed-forward networks; each layer owns a copy.
         num_layers: L, at least one.
+        checkpoint_layers: see :class:`~detectors.decoder.Decoder`.
     """
-
-    layers: nn.ModuleList
 
     def __init__(
         self,
@@ -87,11 +87,9 @@ class SMCADecoder(nn.Module):
         ffn_dropout: float = 0.1,
         activation: nn.Module | None = None,
         num_layers: int = 6,
+        checkpoint_layers: bool = False,
     ):
-        super().__init__()
-        if num_layers < 1:
-            raise ValueError(f"num_layers is {num_layers}, a decoder needs at least 1")
-        self.embed_dim = embed_dim
+        super().__init__(embed_dim, num_layers, checkpoint_layers)
         self.strides = modulation.strides
         self.center_head = MLP(embed_dim, embed_dim, 2, 3)
         self.layers = nn.ModuleList(
@@ -126,7 +124,8 @@ class SMCADecoder(nn.Module):
                 if centers is None:
                     centers = self.center_head(observed).sigmoid()
                 gaussians = modulation(observed, centers * sizes)
-            content = layer(content, queries, memory, padding, gaussians, attention)
+            inputs = content, queries, memory, padding, gaussians
+            content = self.run_layer(layer, *inputs, attention=attention)
             states.append(self.post_norm_layer(content))
         assert centers is not None
         return DecoderOutput(

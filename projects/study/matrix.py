@@ -317,7 +317,7 @@ def backbone(scale: Scale) -> Cell:
         config.dataloader.test.dataset.names = "shapes_backbone_val"
         return config
 
-    return Cell("backbone", "Deformable-DETR, for its backbone", "", build)
+    return Cell("backbone", "Deformable-DETR", "", build)
 
 
 def all_cells(scale: Scale) -> tuple[Cell, ...]:

@@ -127,6 +127,30 @@ def test_late_maps_change_nothing(monkeypatch):
         torch.testing.assert_close(value, steps[1][1][name], rtol=1e-4, atol=1e-5)
 
 
+def with_dropout(model):
+    for layer in model.student.transformer.decoder.layers:
+        for attention in layer.attentions:
+            attention.dropout = 0.2
+    return model
+
+
+def test_checkpointed_decoder_layers_change_nothing():
+    """Both groups of queries, their maps and what dropout leaves of them included."""
+    steps = []
+    for checkpoint_layers in (False, True):
+        model = with_dropout(distiller(parts=[*objectives(), *both_groups()])).double()
+        model.student.transformer.decoder.checkpoint_layers = checkpoint_layers
+        calls = []
+        for layer in model.student.transformer.decoder.layers:
+            layer.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        torch.manual_seed(7)
+        losses = train_step(model)
+        layers = SETTINGS["num_decoder_layers"]
+        assert len(calls) == layers * (4 if checkpoint_layers else 2)  # two groups
+        steps.append((losses, {n: p.grad for n, p in model.named_parameters()}))
+    torch.testing.assert_close(steps[1], steps[0], rtol=1e-12, atol=1e-12)
+
+
 def test_weights_are_made_for_the_chosen_layers_alone(monkeypatch):
     made = []
 

@@ -61,6 +61,8 @@ def test_name(path):
     if name["decoder"]:
         assert student.transformer.decoder.num_layers == int(name["decoder"])
         assert student.transformer.encoder.num_layers == int(name["encoder"])
+    checkpointed = student.transformer.decoder.get("checkpoint_layers", False)
+    assert checkpointed == ("d3etr" in name["method"])
     objectives = [instantiate(objective) for objective in config.model.objectives]
     methods = [method for method in OBJECTIVES if name["method"].startswith(method)]
     if methods:

@@ -46,6 +46,22 @@ def test_every_case_runs(cases):
     assert not torch.allclose(grads["0: CrossAttentionDistillation"], grads["distillation"])
 
 
+def test_what_others_are_compared_with_computes_no_layer_twice(cases, monkeypatch):
+    monkeypatch.setattr(cases, "checkpoint_layers", True)
+    calls = []
+    layers = cases.decoder.layers
+    hooks = [layer.register_forward_pre_hook(lambda *_: calls.append(1)) for layer in layers]
+    count = {}
+    for name in ("student", "distillation", "maps kept"):
+        run = cases.case(name)
+        calls.clear()
+        run()
+        count[name] = len(calls) / len(layers)
+    for hook in hooks:
+        hook.remove()
+    assert count == {"student": 1, "distillation": 4, "maps kept": 2}  # of two groups
+
+
 def test_tables():
     times = {
         "student": [1.0, 2.0, 1.0],

@@ -5,4 +5,5 @@ from .common.distill import distill, teacher
 from .common.objectives import mixed_matching
 
 model = distill(_student, _teacher, mixed_matching())
+model.student.transformer.decoder.checkpoint_layers = True  # makes room for the second group
 train.output_dir = "./output/d3etr_dab_detr_r101_r50_50ep"

@@ -1,0 +1,55 @@
+"""What all decoders have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .structures import AttentionMaps
+
+
+class Decoder(nn.Module):
+    """A stack of layers that a subclass makes; it runs each by :meth:`run_layer`.
+
+    Args:
+        embed_dim: C.
+        num_layers: L, at least one.
+        checkpoint_layers: in training, keep each layer's input alone and compute the layer again
+            in the backward pass: less memory for more time.
+    """
+
+    layers: nn.ModuleList
+
+    def __init__(self, embed_dim: int, num_layers: int, checkpoint_layers: bool = False):
+        super().__init__()
+        if num_layers < 1:
+            raise ValueError(f"num_layers is {num_layers}, a decoder needs at least 1")
+        self.embed_dim = embed_dim
+        self.checkpoint_layers = checkpoint_layers
+
+    def run_layer(
+        self, layer: nn.Module, *arguments: Any, attention: AttentionMaps | None
+    ) -> Tensor:
+        """Content (R * B, N, C) that a layer makes of its arguments.
+
+        Args:
+            layer: one of the layers.
+            arguments: all of the layer's but ``attention``.
+            attention: collects its attention maps.
+        """
+        if not (self.checkpoint_layers and self.training):
+            return layer(*arguments, attention=attention)
+        content, maps = checkpoint(_run, layer, arguments, attention, use_reentrant=False)
+        if attention is not None:
+            attention.extend(maps)
+        return content
+
+
+def _run(
+    layer: nn.Module, arguments: tuple, attention: AttentionMaps | None
+) -> tuple[Tensor, AttentionMaps | None]:
+    """A layer's content and maps, apart from those of others: the backward pass runs it again."""
+    maps = None if attention is None else attention.new()
+    return layer(*arguments, attention=maps), maps

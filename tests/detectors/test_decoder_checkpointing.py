@@ -1,0 +1,216 @@
+"""Decoder layers that the backward pass computes again: the same numbers, fewer of them kept."""
+
+import pytest
+import tiny_adamixer
+import tiny_dab
+import tiny_deformable
+import torch
+from tiny_detectors import (
+    SETTINGS,
+    StridedBackbone,
+    build_conditional,
+    build_single_scale,
+    focal_criterion,
+    instances,
+    pattern_image,
+)
+from tiny_smca import build_multi_scale_smca, build_single_scale_smca
+from torch import nn
+
+from detectors.deformable_detr import MultiLevelTransformer
+from detectors.detr import DETR, DETRDecoder
+from detectors.dn_deformable_detr import DNDeformableDecoder, DNDeformableDETR
+from detectors.dn_detr import DNDETR
+from detectors.late_maps import LateMap, LateMaps
+from detectors.lean import ReLUDropout
+from detectors.structures import AttentionMaps
+from projects.ks_detr.encoder import share_knowledge
+
+
+def detr():
+    return build_single_scale(DETR, DETRDecoder, focal_criterion(SETTINGS), SETTINGS, {})
+
+
+def conditional():
+    return build_conditional(SETTINGS, {})
+
+
+def deformable(**options):
+    return tiny_deformable.build_deformable(tiny_deformable.SETTINGS, {}, **options)
+
+
+def dn_deformable():
+    settings = tiny_deformable.SETTINGS
+    transformer = MultiLevelTransformer(
+        tiny_deformable.deformable_encoder(settings),
+        tiny_deformable.decoder(settings, DNDeformableDecoder),
+    )
+    parts = tiny_deformable.common_parts(settings, {})
+    return DNDeformableDETR(**parts | {"transformer": transformer})
+
+
+SINGLE_SCALE = {
+    "detr": detr,
+    "conditional": conditional,
+    "dab": tiny_dab.tiny_detector,
+    "dn": lambda: tiny_dab.tiny_detector(DNDETR),
+}
+MULTI_SCALE = {
+    "deformable": deformable,
+    "refining": lambda: deformable(refine=True),
+    "two_stage": lambda: deformable(refine=True, two_stage=True),
+    "dn_deformable": dn_deformable,
+}
+OTHERS = {
+    "smca": build_single_scale_smca,
+    "multi_scale_smca": build_multi_scale_smca,
+    "adamixer": tiny_adamixer.build_adamixer,
+}
+BUILDERS = SINGLE_SCALE | MULTI_SCALE | OTHERS
+
+
+def build(name, dropout=0.2):
+    """A detector in training that drops attention weights and activations."""
+    torch.manual_seed(0)
+    model = BUILDERS[name]()
+    if name in SINGLE_SCALE:
+        model.backbone = StridedBackbone()
+    elif name in MULTI_SCALE:
+        model.backbone = tiny_deformable.PyramidBackbone()
+    for module in model.transformer.decoder.modules():
+        if isinstance(module, nn.Dropout | ReLUDropout):
+            module.p = dropout
+        elif isinstance(getattr(module, "dropout", None), float):
+            module.dropout = dropout
+    return model.double().train()
+
+
+def batch():
+    sizes, boxes = [(64, 96), (96, 80)], [[4.0, 4.0, 60.0, 30.0], [30.0, 20.0, 70.0, 60.0]]
+    return [
+        {"image": pattern_image(0, *sizes[0]), "instances": instances(sizes[0], boxes, [1, 0])},
+        {"image": pattern_image(1, *sizes[1]), "instances": instances(sizes[1], [], [])},
+    ]
+
+
+def weights_of(maps):
+    """Every collected map as a tensor."""
+    lists = (maps.self_attention, maps.cross_attention, maps.gaussian)
+    found = [entry() if isinstance(entry, LateMap) else entry for part in lists for entry in part]
+    return found + [tensor for entry in maps.sampling for tensor in entry]
+
+
+def step(model, maps=None):
+    """Losses, maps and gradients of a step that also learns from the maps, and the next draw."""
+    torch.manual_seed(7)
+    inputs = batch()
+    targets = model.prepare_targets(inputs)
+    memory = model.encode(model.extract(model.preprocess(inputs)), targets)
+    output = model.decode(memory, model.queries(memory, targets), maps)
+    losses = model.losses(model.predict(output), targets)
+    weights = [] if maps is None else weights_of(maps)
+    total = sum(losses.values()) + sum(weight.square().sum() for weight in weights)
+    model.zero_grad()
+    total.backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {
+        "states": output.states, "losses": losses, "maps": weights, "grads": grads,
+        "next": torch.rand(3),
+    }  # fmt: skip
+
+
+def both(model, make_maps):
+    """The step with layers kept, and computed again."""
+    results = []
+    for model.transformer.decoder.checkpoint_layers in (False, True):
+        results.append(step(model, make_maps()))
+    return results
+
+
+def check_equal(results):
+    plain, again = results
+    grads = plain["grads"]
+    layers = [name for name in grads if name.startswith("transformer.decoder.layers.0.")]
+    assert sum(grads[name].abs().sum() for name in layers) > 0
+    torch.testing.assert_close(again, plain, rtol=1e-12, atol=1e-12)
+
+
+MAPS = {
+    "no_maps": lambda: None,
+    "kept_maps": AttentionMaps,
+    "late_maps": lambda: AttentionMaps(LateMaps(), LateMaps()),
+}
+
+
+@pytest.mark.parametrize("maps", MAPS)
+@pytest.mark.parametrize("name", BUILDERS)
+def test_results_and_gradients_are_the_same(name, maps):
+    check_equal(both(build(name), MAPS[maps]))
+
+
+@pytest.mark.parametrize("name", ["conditional", "deformable"])
+def test_branches_are_decoded_as_without(name):
+    model = build(name)
+    share_knowledge(model.transformer.encoder)
+    check_equal(both(model.double().train(), MAPS["late_maps"]))
+
+
+@pytest.mark.parametrize("maps", ["kept_maps", "late_maps"])
+def test_computing_again_collects_nothing_more(maps):
+    model = build("conditional")
+    model.transformer.decoder.checkpoint_layers = True
+    collected = MAPS[maps]()
+    step(model, collected)
+    kind = LateMap if maps == "late_maps" else torch.Tensor
+    for part in (collected.self_attention, collected.cross_attention):
+        assert len(part) == SETTINGS["num_decoder_layers"]
+        assert all(isinstance(entry, kind) for entry in part)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_dropout_makes_a_difference(name):
+    """Else the tests above would say nothing of the random numbers that layers draw."""
+    states = [step(build(name, dropout))["states"] for dropout in (0.0, 0.2)]
+    assert (states[0] - states[1]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_layers_run_again_in_training_alone(name):
+    model = build(name)
+    calls = []
+    for layer in model.transformer.decoder.layers:
+        layer.register_forward_pre_hook(lambda *_: calls.append(1))
+    layers = len(model.transformer.decoder.layers)
+    for checkpoint_layers, expected in ((False, layers), (True, 2 * layers)):
+        model.transformer.decoder.checkpoint_layers = checkpoint_layers
+        calls.clear()
+        step(model)
+        assert len(calls) == expected
+    calls.clear()
+    output = model.eval()(batch())
+    assert len(output) == 2
+    assert len(calls) == layers
+
+
+def kept_bytes(model):
+    """Bytes of the distinct tensors that the decoder keeps for the backward pass."""
+    memory = model.encode(model.extract(model.preprocess(batch())))
+    queries = model.queries(memory)
+    kept = {}
+
+    def note(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model.decode(memory, queries)
+    ours = {id(p) for p in model.parameters()}
+    return sum(t.untyped_storage().nbytes() for t in kept.values() if id(t) not in ours)
+
+
+@pytest.mark.parametrize("name", ["detr", "conditional", "dab", "deformable", "smca", "adamixer"])
+def test_less_is_kept(name):
+    model, found = build(name), []
+    for model.transformer.decoder.checkpoint_layers in (False, True):
+        found.append(kept_bytes(model))
+    assert found[1] < found[0] / 2
