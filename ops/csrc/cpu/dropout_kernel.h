@@ -1,4 +1,4 @@
-// Kernels of dropout, compiled once for each target: one pass that makes its random bits on the way.
+// Kernels of dropout, compiled once for each target: one pass, which makes its random bits.
 #include "dropout.h"
 
 namespace detr_methods {
