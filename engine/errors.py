@@ -4,6 +4,7 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Iterable
+from typing import NoReturn
 
 __all__ = [
     "Interrupted",
@@ -12,6 +13,7 @@ __all__ = [
     "UserError",
     "did_you_mean",
     "exit_code_of",
+    "exit_now",
 ]
 
 
@@ -71,7 +73,8 @@ def one_line(error: Exception) -> str:
     return text.removeprefix(prefix)
 
 
-def exit_now(signum: int) -> None:
+def exit_now(code: int) -> NoReturn:
     """Leave the process at once, without clean-up."""
+    sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(128 + signum)
+    os._exit(code)

@@ -274,14 +274,14 @@ class StopOnSignal(HookBase):
 
     def _handle(self, signum: int, _frame: FrameType | None) -> None:
         if self.trainer.completed:  # all is saved: only the last evaluation is lost
-            exit_now(signum)
+            exit_now(128 + signum)
         now = time.monotonic()
         if not self.trainer.requested_stop:
             self._first_at = now
             self.trainer.requested_stop = signum
             logger.warning("signal %d: stopping after this iteration (again: at once)", signum)
         elif now - self._first_at > 1.0:  # a terminal and a launcher may both pass on the same one
-            exit_now(signum)
+            exit_now(128 + signum)
 
 
 def truncate_metrics(path: Path, iterations: int) -> None:

@@ -5,7 +5,6 @@ import logging
 import multiprocessing
 import os
 import signal
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,7 +13,7 @@ from detectron2.engine import launch
 from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException
 
-from .errors import UserError
+from .errors import UserError, exit_now
 
 __all__ = ["run_in_processes", "started_by_torchrun"]
 
@@ -79,7 +78,7 @@ def _exit_with_code(work: Callable, args: argparse.Namespace) -> None:
     os.environ["LOCAL_RANK"] = str(comm.get_local_rank())
     code = work(args)
     if code:
-        sys.exit(code)
+        exit_now(code)  # the process group's threads may abort a process that ends in order
 
 
 def _pass_on(signum: int, _frame: Any) -> None:
