@@ -69,7 +69,7 @@ class Band:
 
     Attributes:
         iterations: of the evaluations.
-        minutes: that these took, the mean over the seeds.
+        minutes: that these took, the median over the seeds.
         mean: AP, as are low and high.
     """
 
@@ -90,7 +90,7 @@ def band(curves: Sequence[CurveRow], cell: str, branch: str = "") -> Band:
     precisions = [[row.AP for row in at[iteration]] for iteration in iterations]
     return Band(
         iterations,
-        [statistics.fmean(row.wall_s for row in at[i]) / 60 for i in iterations],
+        [statistics.median(row.wall_s for row in at[i]) / 60 for i in iterations],
         [statistics.fmean(values) for values in precisions],
         [min(values) for values in precisions],
         [max(values) for values in precisions],

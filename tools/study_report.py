@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -27,10 +28,10 @@ COLUMNS = """\
 AP, AP50 and AP75 are COCO's, of the last weights on the validation images: mean ± standard
 deviation over the seeds. *Gain* is the mean over the seeds of the difference in AP to the named
 baseline with the same seed, ± its standard error, and *better* in how many seeds it is above 0.
-Seconds per iteration are medians, measured while other trainings ran on the same machine; × is the
-ratio to the baseline's. MB is the highest memory: of the process on a CPU, of torch's tensors on a
-GPU. Every run is in [runs.csv](runs.csv), every evaluation on the way in
-[curves.csv](curves.csv)."""
+Seconds per iteration are medians, also over the seeds, measured while other trainings ran on
+the same machine; × is the ratio to the baseline's. MB is the highest memory: of the process on
+a CPU, of torch's tensors on a GPU. Every run is in [runs.csv](runs.csv), every evaluation on
+the way in [curves.csv](curves.csv)."""
 
 HEADINGS = (
     *("method", "seeds", "AP", "AP50", "AP75", "baseline", "gain", "better"),
@@ -157,7 +158,7 @@ def _line(preset: Preset, cell: Cell, titles: dict[str, str], rows: Sequence[Run
 
     pairs = paired(rows, cell.name, cell.baseline)
     gain = summarise(gains(rows, cell.name, cell.baseline))
-    ratio = summarise([row.step_s / other.step_s for row, other in pairs])
+    ratios = [row.step_s / other.step_s for row, other in pairs]
     return [
         cell.title,
         _seeds(preset, own),
@@ -167,11 +168,16 @@ def _line(preset: Preset, cell: Cell, titles: dict[str, str], rows: Sequence[Run
         titles[cell.baseline] if cell.baseline else "–",
         _gain(gain),
         f"{gain.positive}/{gain.count}" if gain.count else "–",
-        _number(over_seeds(lambda row: row.step_s).mean, ".3f"),
-        _number(ratio.mean, ".2f"),
+        _number(_median([row.step_s for row in own]), ".3f"),
+        _number(_median(ratios), ".2f"),
         _number(max(row.peak_mb for row in own), ".0f"),
         claim,
     ]
+
+
+def _median(values: Sequence[float]) -> float:
+    """A time that one run on a busy machine does not spoil; nan without any."""
+    return statistics.median(values) if values else math.nan
 
 
 def _seeds(preset: Preset, own: Sequence[RunRow]) -> str:

@@ -65,6 +65,18 @@ def test_one_seed_has_no_spread(tmp_path):
     assert (line[0], line[1], line[5], line[6]) == ("1 of 3", "9.5", "-0.5", "0/1")
 
 
+def test_a_disturbed_run_does_not_spoil_the_times(tmp_path):
+    results = Results(tmp_path, MATRIX)
+    for seed, step in enumerate((0.5, 0.5, 0.5)):
+        results.add(row("base", seed, 10.0, step=step), [])
+    for seed, step in enumerate((0.7, 6.0, 0.6)):
+        minutes = curve("better", seed, 50, 10.0, seconds=60 * step)
+        results.add(row("better", seed, 11.0, step=step), [minutes])
+    line = lines_of(write_report(MATRIX, results, tmp_path).read_text())["Better DETR"]
+    assert (line[7], line[8]) == ("0.700", "1.40")
+    assert band(results.curves, "better").minutes == pytest.approx([0.7])
+
+
 def test_what_is_not_as_planned_is_said(results, tmp_path):
     results.add(row("base", 7, 11.0), [])
     results.add(row("former", 0, 11.0), [])
