@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .adamixer_layer import AdaMixerLayer, Pyramid, refine, to_boxes, whole_image
 from .boxes import generalized_iou
 from .criterion import SetCriterion, average_count
-from .decoder import Decoder
+from .decoder import Checkpoint, Decoder
 from .detector import Detector
 from .structures import (
     STUDENT,
@@ -57,13 +57,13 @@ class AdaMixerDecoder(Decoder):
         num_groups: int = 4,
         in_points: int = 32,
         out_points: int = 128,
-        checkpoint_layers: bool = False,
+        checkpoint_layers: Checkpoint = False,
     ):
         super().__init__(embed_dim, num_layers, checkpoint_layers)
         if embed_dim % num_groups:
             raise ValueError(f"num_groups {num_groups} does not divide embed_dim {embed_dim}")
         self.strides = tuple(strides)
-        self.layers = nn.ModuleList(
+        self.layers = self.stack(
             AdaMixerLayer(embed_dim, num_heads, feedforward_dim, num_groups, in_points, out_points)
             for _ in range(num_layers)
         )

@@ -2,32 +2,54 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import ops
+
 from .structures import AttentionMaps
+from .transformer import checkpoint_feedforward
+
+Checkpoint = bool | Literal["wide"]
 
 
 class Decoder(nn.Module):
-    """A stack of layers that a subclass makes; it runs each by :meth:`run_layer`.
+    """A stack of layers that a subclass makes by :meth:`stack` and runs by :meth:`run_layer`.
 
     Args:
         embed_dim: C.
         num_layers: L, at least one.
         checkpoint_layers: in training, keep each layer's input alone and compute the layer again
-            in the backward pass: less memory for more time.
+            in the backward pass: less memory for more time. ``"wide"`` does so with what takes
+            the most memory alone: hidden layers of feed-forward networks, and the values that
+            deformable attention samples.
     """
 
     layers: nn.ModuleList
 
-    def __init__(self, embed_dim: int, num_layers: int, checkpoint_layers: bool = False):
+    def __init__(self, embed_dim: int, num_layers: int, checkpoint_layers: Checkpoint = False):
         super().__init__()
         if num_layers < 1:
             raise ValueError(f"num_layers is {num_layers}, a decoder needs at least 1")
+        if checkpoint_layers not in (False, True, "wide"):
+            raise ValueError(
+                f"checkpoint_layers is {checkpoint_layers!r}, expected True, False or 'wide'"
+            )
         self.embed_dim = embed_dim
         self.checkpoint_layers = checkpoint_layers
+
+    def stack(self, layers: Iterable[nn.Module]) -> nn.ModuleList:
+        """The layers as a list, prepared for what ``checkpoint_layers`` says."""
+        stacked = nn.ModuleList(layers)
+        if self.checkpoint_layers == "wide":
+            checkpoint_feedforward(stacked)
+            for module in stacked.modules():
+                if isinstance(module, ops.MultiScaleDeformableAttention):
+                    module.checkpoint_value = True
+        return stacked
 
     def run_layer(
         self, layer: nn.Module, *arguments: Any, attention: AttentionMaps | None
@@ -39,7 +61,7 @@ class Decoder(nn.Module):
             arguments: all of the layer's but ``attention``.
             attention: collects its attention maps.
         """
-        if not (self.checkpoint_layers and self.training):
+        if self.checkpoint_layers in (False, "wide") or not self.training:
             return layer(*arguments, attention=attention)
         content, maps = checkpoint(_run, layer, arguments, attention, use_reentrant=False)
         if attention is not None:

@@ -13,7 +13,7 @@ from detrex.modeling.neck import ChannelMapper
 from torch import Tensor, nn
 
 from .attention import QuerySelfAttention
-from .decoder import Decoder
+from .decoder import Checkpoint, Decoder
 from .deformable_attention import DeformableCrossAttention
 from .detector import Detector
 from .heads import decode_boxes
@@ -120,10 +120,10 @@ class DeformableDecoder(Decoder):
         num_layers: int = 6,
         num_levels: int = 4,
         num_points: int = 4,
-        checkpoint_layers: bool = False,
+        checkpoint_layers: Checkpoint = False,
     ):
         super().__init__(embed_dim, num_layers, checkpoint_layers)
-        self.layers = nn.ModuleList(
+        self.layers = self.stack(
             DeformableDecoderLayer(
                 embed_dim, num_heads, num_levels, num_points, attn_dropout, feedforward_dim,
                 ffn_dropout, activation,

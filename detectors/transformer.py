@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 
+import torch
 from detrex.layers import FFN
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -13,6 +14,9 @@ import ops
 
 from .lean import ReLUDropout
 from .structures import STUDENT, Branch, EncoderContext, FeatureMaps, Memory, Targets
+
+TOKENS_AT_ONCE = 8192
+"""Whose hidden layer is there at a time where it is computed again."""
 
 
 class EncoderLayer(nn.Module):
@@ -121,16 +125,48 @@ class Transformer(nn.Module):
 
 
 class FeedForward(FFN):
-    """detrex's network, whose last dropout and residual sum are one operator."""
+    """detrex's network, whose last dropout and residual sum are one operator.
+
+    Attributes:
+        checkpoint_hidden: in training, keep no hidden layer and compute it again in the backward
+            pass; see :func:`checkpoint_feedforward`.
+    """
+
+    checkpoint_hidden = False
 
     def forward(self, x: Tensor, identity: Tensor | None = None) -> Tensor:
         """Tokens (..., C) to ``identity``, by default ``x``, plus the network's output (..., C)."""
-        *layers, dropout = self.layers
-        output = x
-        for layer in layers:
-            output = layer(output)
+        if self.checkpoint_hidden and self.training:
+            output = self._checkpointed(x)
+        else:
+            output = self._without_residual(x)
+        dropout = self.layers[-1]
         identity = x if identity is None else identity
         return ops.dropout_add(output, identity, dropout.p, dropout.training)
+
+    def _checkpointed(self, x: Tensor) -> Tensor:
+        """Tokens a part at a time, so that the backward pass never has the whole hidden layer."""
+        parts = [
+            # computing again stops at the hidden layer: nothing behind it is kept
+            checkpoint(self._without_residual, part, use_reentrant=False)
+            for part in x.flatten(0, -2).split(TOKENS_AT_ONCE)
+        ]
+        return torch.cat(parts).view_as(x) if len(parts) > 1 else parts[0].view_as(x)
+
+    def _without_residual(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = layer(x)
+        return x
+
+
+def checkpoint_feedforward(module: nn.Module) -> None:
+    """Let all feed-forward networks in a module compute their hidden layer again.
+
+    It is the widest thing that a step keeps, and a sixth of the network's multiply-adds in one.
+    """
+    for network in module.modules():
+        if isinstance(network, FeedForward):
+            network.checkpoint_hidden = True
 
 
 def feed_forward(

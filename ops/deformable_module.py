@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ._checks import match_shape
 from .deformable_attention import Sizes, multi_scale_deformable_attention
@@ -25,7 +26,13 @@ class MultiScaleDeformableAttention(nn.Module):
         img2col_step: has no effect; detrex's kernel splits the batch by it.
         dropout: on the output, before the residual sum.
         batch_first: whether tokens come as (B, N, C) or, as detrex's default, as (N, B, C).
+
+    Attributes:
+        checkpoint_value: in training, keep the projected value no longer than the forward pass
+            takes and project it again in the backward pass: less memory for more time.
     """
+
+    checkpoint_value = False
 
     def __init__(
         self,
@@ -108,16 +115,30 @@ class MultiScaleDeformableAttention(nn.Module):
         if reference_points is None or spatial_shapes is None:
             missing = "reference_points" if reference_points is None else "spatial_shapes"
             raise ValueError(f"{missing} is None, expected one entry for each of the levels")
-        output = multi_scale_deformable_attention(
-            self.project_value(value, key_padding_mask),
-            spatial_shapes,
-            self.sampling_locations(query, reference_points, spatial_shapes),
-            self.sampling_weights(query),
-        )
+        locations = self.sampling_locations(query, reference_points, spatial_shapes)
+        inputs = value, key_padding_mask, spatial_shapes, locations, self.sampling_weights(query)
+        if self.checkpoint_value and self.training:
+            # without randomness: there is no state to set back
+            output = checkpoint(
+                self._sample, *inputs, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            output = self._sample(*inputs)
         output = self.output_proj(output)
         if not self.batch_first:
             output = output.transpose(0, 1)
         return dropout_add(output, identity, self.dropout.p, self.dropout.training)
+
+    def _sample(
+        self,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        spatial_shapes: Sizes,
+        locations: Tensor,
+        weights: Tensor,
+    ) -> Tensor:
+        value = self.project_value(value, key_padding_mask)
+        return multi_scale_deformable_attention(value, spatial_shapes, locations, weights)
 
     def project_value(
         self, value: Tensor, key_padding_mask: Tensor | None, layer: nn.Module | None = None

@@ -8,7 +8,7 @@ from torch import nn
 
 from detectors.attention import SelfAttention
 from detectors.deformable_attention import DeformableSelfAttention
-from detectors.transformer import Encoder
+from detectors.transformer import Encoder, checkpoint_feedforward
 
 from .attention import KnowledgeSharingAttention
 from .deformable_attention import KnowledgeSharingDeformableAttention
@@ -31,6 +31,7 @@ def share_knowledge(
     interpolation: Interpolation = "bilinear",
     layers: int | Sequence[int] = 1,
     branch_loss_weights: Mapping[str, float] | None = None,
+    keep_hidden: bool = False,
 ) -> Encoder:
     """Give layers of ``encoder`` teacher branches; evaluation is left as it was.
 
@@ -49,6 +50,8 @@ def share_knowledge(
         interpolation: likewise.
         layers: how many of the last layers share knowledge, or the indices of those that do.
         branch_loss_weights: factors of the teachers' losses, by branch.
+        keep_hidden: keep what the feed-forward networks of these layers have inside for the
+            backward pass, which takes most of the branches' memory here; else it is computed again.
 
     Returns:
         The same encoder.
@@ -56,7 +59,8 @@ def share_knowledge(
     if teacher_features not in ("smlp", "mark"):
         raise ValueError(f"teacher_features is {teacher_features!r}, expected 'smlp' or 'mark'")
     attentions = [layer.get_submodule("attentions") for layer in encoder.layers]
-    chosen = [attentions[index] for index in _indices(layers, len(attentions))]
+    indices = _indices(layers, len(attentions))
+    chosen = [attentions[index] for index in indices]
     for student in [one.get_submodule("0") for one in chosen]:
         if type(student) not in _SHARING:
             raise TypeError(
@@ -78,6 +82,8 @@ def share_knowledge(
             interpolation=interpolation,
         )
         one.register_module("0", sharing)
+    if not keep_hidden:
+        checkpoint_feedforward(nn.ModuleList(encoder.layers[index] for index in indices))
     return encoder
 
 

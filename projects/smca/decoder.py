@@ -8,7 +8,7 @@ import torch
 from detrex.layers import MLP
 from torch import Tensor, nn
 
-from detectors.decoder import Decoder
+from detectors.decoder import Checkpoint, Decoder
 from detectors.detr import DETRDecoderLayer
 from detectors.structures import AttentionMaps, DecoderOutput, Memory, Queries
 
@@ -87,12 +87,12 @@ class SMCADecoder(Decoder):
         ffn_dropout: float = 0.1,
         activation: nn.Module | None = None,
         num_layers: int = 6,
-        checkpoint_layers: bool = False,
+        checkpoint_layers: Checkpoint = False,
     ):
         super().__init__(embed_dim, num_layers, checkpoint_layers)
         self.strides = modulation.strides
         self.center_head = MLP(embed_dim, embed_dim, 2, 3)
-        self.layers = nn.ModuleList(
+        self.layers = self.stack(
             SMCADecoderLayer(
                 embed_dim, num_heads, attn_dropout, feedforward_dim, ffn_dropout, activation,
                 copy.deepcopy(modulation),

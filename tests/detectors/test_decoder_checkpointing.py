@@ -155,6 +155,45 @@ def test_branches_are_decoded_as_without(name):
     check_equal(both(model.double().train(), MAPS["late_maps"]))
 
 
+def widely(model):
+    """The model as if it had been built with what is wide computed again."""
+    decoder = model.transformer.decoder
+    decoder.checkpoint_layers = "wide"
+    decoder.layers = decoder.stack(decoder.layers)
+    return model
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_what_is_wide_alone_gives_the_same(name):
+    check_equal((step(build(name)), step(widely(build(name)))))
+
+
+@pytest.mark.parametrize("name", ["detr", "conditional", "dab", "deformable", "smca"])
+def test_what_is_wide_is_not_kept(name):
+    plain, wide = (kept_bytes(model) for model in (build(name), widely(build(name))))
+    assert wide < 0.9 * plain
+
+
+def test_what_is_wide_is_named_by_the_option():
+    found = {}
+    for option in (False, True, "wide"):
+        decoder = tiny_deformable.decoder(tiny_deformable.SETTINGS, checkpoint_layers=option)
+        found[option] = {
+            name
+            for name, module in decoder.named_modules()
+            if {"checkpoint_hidden", "checkpoint_value"} & vars(module).keys()
+        }
+    wide = {f"layers.{layer}.{part}" for layer in range(3) for part in ("attentions.1", "ffns.0")}
+    assert found == {False: set(), True: set(), "wide": wide}
+
+
+def test_another_option_is_refused():
+    with pytest.raises(
+        ValueError, match="checkpoint_layers is 'ffn', expected True, False or 'wide'"
+    ):
+        DETRDecoder(8, 2, checkpoint_layers="ffn")
+
+
 @pytest.mark.parametrize("maps", ["kept_maps", "late_maps"])
 def test_computing_again_collects_nothing_more(maps):
     model = build("conditional")

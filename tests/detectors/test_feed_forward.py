@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from detrex.layers import FFN
 from torch import nn
 
-from detectors.transformer import feed_forward
+from detectors import transformer
+from detectors.transformer import checkpoint_feedforward, feed_forward
 from ops.dropout import draw_seed, kept
 
 
@@ -85,3 +86,59 @@ def test_it_can_be_copied_and_compiled():
         torch.manual_seed(2)
         results.append(with_gradients(module, module, tokens, None))
     torch.testing.assert_close(*results)
+
+
+def saved_bytes(function):
+    """Bytes of the distinct tensors that a function keeps for its backward pass."""
+    kept_by_address = {}
+
+    def note(tensor):
+        kept_by_address[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        function()
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept_by_address.values())
+
+
+def test_a_hidden_layer_that_is_computed_again_is_the_same():
+    network, _ = pair(0.3)
+    results = []
+    for network.checkpoint_hidden in (False, True):
+        torch.manual_seed(3)
+        inputs = random_inputs(True)
+        results.append([*with_gradients(network, network, *inputs), torch.rand(3)])
+    torch.testing.assert_close(*results, rtol=1e-14, atol=1e-14)
+
+
+def test_a_hidden_layer_that_is_computed_again_is_not_kept():
+    network = feed_forward(8, 512, 0.3, None)
+    tokens = torch.randn(4, 6, 8, requires_grad=True)
+    kept_before = saved_bytes(lambda: network(tokens))
+    checkpoint_feedforward(nn.Sequential(network))
+    kept_now = saved_bytes(lambda: network(tokens))
+    assert kept_before - kept_now >= 4 * 6 * 512 * 4
+
+
+def test_many_tokens_go_through_in_parts(monkeypatch):
+    network, _ = pair(0.0)
+    inputs = random_inputs(True)
+    expected = with_gradients(network, network, *inputs)
+    monkeypatch.setattr(transformer, "TOKENS_AT_ONCE", 3)
+    checkpoint_feedforward(network)
+    rows = []
+    network.layers[0].register_forward_hook(lambda _, __, output: rows.append(len(output)))
+    found = with_gradients(network, network, *inputs)
+    assert rows[:4] == [3, 3, 3, 1]
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(("training", "expected"), [(True, (2, 1)), (False, (1, 1))])
+def test_only_what_leads_to_the_hidden_layer_runs_again(training, expected):
+    network = feed_forward(8, 12, 0.3, None).train(training)
+    checkpoint_feedforward(network)
+    finished = []
+    for place in (0, 1):
+        network.layers[place].register_forward_hook(lambda *_, place=place: finished.append(place))
+    network(torch.randn(4, 8, requires_grad=True)).sum().backward()
+    assert (finished.count(0), finished.count(1)) == expected

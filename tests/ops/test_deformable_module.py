@@ -119,6 +119,29 @@ def test_dropout_acts_on_the_output_before_the_sum(layer) -> None:
     torch.testing.assert_close(dropped[kept], 2 * whole[kept])
 
 
+def test_a_value_that_is_projected_again_is_the_same(layer) -> None:
+    layer.double()
+    value = torch.randn(2, 47, 16, dtype=torch.float64, requires_grad=True)
+    mask = torch.zeros(2, 47, dtype=torch.bool)
+    mask[1, 20:] = True
+    results, sizes = [], []
+    for layer.checkpoint_value in (False, True):
+        kept: dict[int, Tensor] = {}
+
+        def note(tensor: Tensor, kept: dict[int, Tensor] = kept) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            output = call(layer, value=value, key_padding_mask=mask)
+        sizes.append(sum(tensor.untyped_storage().nbytes() for tensor in kept.values()))
+        inputs = [value, *layer.parameters()]
+        results.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
+    torch.testing.assert_close(*results, rtol=1e-14, atol=1e-14)
+    assert sizes[0] - sizes[1] >= value.untyped_storage().nbytes()
+    assert torch.equal(call(layer.eval(), value=value, key_padding_mask=mask), results[0][0])
+
+
 def test_compiles_without_a_graph_break(layer) -> None:
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
     for images, queries in ((1, 4), (3, 6), (2, 9)):

@@ -124,7 +124,7 @@ def test_the_last_layer_alone_shares_knowledge(name):
     assert type(teacher.features).__name__ == f"Foreground{'Mark' if 'mark' in name else 'MLP'}"
 
 
-def test_a_config_changes_nothing_but_the_encoder():
+def test_a_config_changes_nothing_but_the_encoder_and_what_is_kept():
     for name in PARAMETERS:
         base = name.removeprefix("ks_").removesuffix("_share_v").removesuffix("_share_a")
         base = base.replace("in22k", "in1k")
@@ -133,6 +133,8 @@ def test_a_config_changes_nothing_but_the_encoder():
             continue  # only the rows of Table 3 have no baseline
         ours, theirs = load(name), LazyConfig.load(str(path))
         ours.model.transformer.encoder = ours.model.transformer.encoder.encoder
+        kept = ours.model.transformer.decoder.pop("checkpoint_layers", None)
+        assert kept == (None if name.startswith("ks_conditional") else "wide")
         for config in (ours, theirs):
             config.train.output_dir = config.train.init_checkpoint = ""
         for part in ("model", "dataloader", "optimizer", "lr_multiplier", "train"):

@@ -232,6 +232,24 @@ def test_checkpointed_layers_give_the_same_gradients(kind, monkeypatch):
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("kind", ["conditional", "deformable"])
+def test_hidden_layers_of_the_branches_are_computed_again(kind, monkeypatch):
+    x, pos, foreground, padding = random_inputs()
+    monkeypatch.setattr(teacher, "foreground_mask", lambda *_: foreground)
+    results = []
+    for keep_hidden in (False, True):
+        torch.manual_seed(0)
+        encoder = share_knowledge(make_encoder(kind, 3), layers=[0, 2], keep_hidden=keep_hidden)
+        encoder = randomize(encoder).double().train()
+        again = [layer.ffns[0].checkpoint_hidden for layer in encoder.layers]
+        assert again == [not keep_hidden, False, not keep_hidden]
+        torch.manual_seed(1)
+        tokens = encoder(feature_maps(x, pos, padding, SHAPES), targets=[]).tokens
+        tokens.pow(2).sum().backward()
+        results.append([tokens, *(parameter.grad for parameter in encoder.parameters())])
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
 def test_each_layer_has_a_teacher_of_its_own():
     encoder = share_knowledge(make_encoder("conditional", 4), layers=[1, 3])
     keys = {key for key in encoder.state_dict() if "teacher.features" in key}

@@ -11,4 +11,5 @@ from ...baselines.configs.deformable_detr_r101_24ep import (
 )
 
 model.transformer.encoder = L(share_knowledge)(encoder=model.transformer.encoder)
+model.transformer.decoder.checkpoint_layers = "wide"  # for three branches
 train.output_dir = "./output/ks_deformable_detr_r101_24ep"
