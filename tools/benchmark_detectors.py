@@ -140,7 +140,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """
     parser = Parser(description=__doc__.splitlines()[0])
     threads = torch.get_num_threads()
-    parser.add_argument("--only", metavar="PATTERN", help="cases whose name holds it, * as usual")
+    parser.add_argument(
+        "--only",
+        metavar="PATTERN",
+        help="cases whose name holds it (^: begins with it), * as usual",
+    )
     parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
     parser.add_argument("--config-file", metavar="FILE", help="a method to measure, with --over")
     parser.add_argument("--over", metavar="FILE", help="config of the method's baseline")

@@ -220,7 +220,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """
     parser = Parser(description=__doc__.splitlines()[0])
     threads = torch.get_num_threads()
-    parser.add_argument("--only", metavar="PATTERN", help="cases whose name holds it, * as usual")
+    parser.add_argument(
+        "--only",
+        metavar="PATTERN",
+        help="cases whose name holds it (^: begins with it), * as usual",
+    )
     parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="%(default)s")
     parser.add_argument("--threads", type=int, metavar="N", default=threads, help="%(default)s")
@@ -246,12 +250,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def select(names: Sequence[str], pattern: str | None) -> list[str]:
-    """Reduce names to those that hold the pattern.
+    """Reduce names to those that hold the pattern, or begin with it after a "^".
 
     Raises:
         UserError: there is none.
     """
-    chosen = [name for name in names if fnmatchcase(name, f"*{pattern or ''}*")]
+    wanted = pattern or ""
+    wanted = f"{wanted[1:]}*" if wanted.startswith("^") else f"*{wanted}*"
+    chosen = [name for name in names if fnmatchcase(name, wanted)]
     if not chosen:
         raise UserError(f"--only {pattern} matches none of the {len(names)} cases, see --list")
     return chosen

@@ -250,6 +250,8 @@ def test_list_prints_names_alone(capsys):
     assert benchmark_detectors.main(["--list", "--only", "ks_dab_detr/480x640"]) == 0
     expected = [f"ks_dab_detr/480x640/B2/train/{m}" for m in ("time", "memory", "steps")]
     assert capsys.readouterr().out.split() == expected
+    assert benchmark_detectors.main(["--list", "--only", "^detr/*/infer"]) == 0
+    assert {line.split("/")[0] for line in capsys.readouterr().out.split()} == {"detr"}
 
 
 @pytest.mark.parametrize(
