@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .adamixer_layer import AdaMixerLayer, Pyramid, refine, to_boxes, whole_image
 from .boxes import generalized_iou
 from .criterion import SetCriterion, average_count
-from .decoder import Checkpoint, Decoder
+from .decoder import CheckpointLayers, Decoder
 from .detector import Detector
 from .structures import (
     STUDENT,
@@ -57,7 +57,7 @@ class AdaMixerDecoder(Decoder):
         num_groups: int = 4,
         in_points: int = 32,
         out_points: int = 128,
-        checkpoint_layers: Checkpoint = False,
+        checkpoint_layers: CheckpointLayers = False,
     ):
         super().__init__(embed_dim, num_layers, checkpoint_layers)
         if embed_dim % num_groups:

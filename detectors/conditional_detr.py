@@ -7,7 +7,7 @@ from detrex.layers import MLP, get_sine_pos_embed
 from torch import Tensor, nn
 
 from .attention import ConditionalCrossAttention, ConditionalSelfAttention
-from .decoder import Checkpoint, Decoder
+from .decoder import CheckpointLayers, Decoder
 from .detr import DETR
 from .structures import AttentionMaps, DecoderOutput, Memory, Queries, repeat_rows
 from .transformer import feed_forward
@@ -94,7 +94,7 @@ class ConditionalDecoder(Decoder):
         num_layers: int = 6,
         temperature: int = 10000,
         mask_padding_in_training: bool = False,
-        checkpoint_layers: Checkpoint = False,
+        checkpoint_layers: CheckpointLayers = False,
     ):
         super().__init__(embed_dim, num_layers, checkpoint_layers)
         self.temperature = temperature

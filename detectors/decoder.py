@@ -13,7 +13,7 @@ import ops
 from .structures import AttentionMaps
 from .transformer import checkpoint_feedforward
 
-Checkpoint = bool | Literal["wide"]
+CheckpointLayers = bool | Literal["wide"]
 
 
 class Decoder(nn.Module):
@@ -30,25 +30,31 @@ class Decoder(nn.Module):
 
     layers: nn.ModuleList
 
-    def __init__(self, embed_dim: int, num_layers: int, checkpoint_layers: Checkpoint = False):
+    def __init__(
+        self, embed_dim: int, num_layers: int, checkpoint_layers: CheckpointLayers = False
+    ):
         super().__init__()
         if num_layers < 1:
             raise ValueError(f"num_layers is {num_layers}, a decoder needs at least 1")
-        if checkpoint_layers not in (False, True, "wide"):
-            raise ValueError(
-                f"checkpoint_layers is {checkpoint_layers!r}, expected True, False or 'wide'"
-            )
         self.embed_dim = embed_dim
         self.checkpoint_layers = checkpoint_layers
+
+    @property
+    def checkpoint_layers(self) -> CheckpointLayers:
+        """What the backward pass computes again; it may be set at any time."""
+        return self._checkpoint_layers
+
+    @checkpoint_layers.setter
+    def checkpoint_layers(self, value: CheckpointLayers) -> None:
+        if value not in (False, True, "wide"):
+            raise ValueError(f"checkpoint_layers is {value!r}, expected True, False or 'wide'")
+        self._checkpoint_layers = value
+        checkpoint_wide(self, value == "wide")
 
     def stack(self, layers: Iterable[nn.Module]) -> nn.ModuleList:
         """The layers as a list, prepared for what ``checkpoint_layers`` says."""
         stacked = nn.ModuleList(layers)
-        if self.checkpoint_layers == "wide":
-            checkpoint_feedforward(stacked)
-            for module in stacked.modules():
-                if isinstance(module, ops.MultiScaleDeformableAttention):
-                    module.checkpoint_value = True
+        checkpoint_wide(stacked, self.checkpoint_layers == "wide")
         return stacked
 
     def run_layer(
@@ -61,12 +67,20 @@ class Decoder(nn.Module):
             arguments: all of the layer's but ``attention``.
             attention: collects its attention maps.
         """
-        if self.checkpoint_layers in (False, "wide") or not self.training:
+        if self._checkpoint_layers in (False, "wide") or not self.training:
             return layer(*arguments, attention=attention)
         content, maps = checkpoint(_run, layer, arguments, attention, use_reentrant=False)
         if attention is not None:
             attention.extend(maps)
         return content
+
+
+def checkpoint_wide(module: nn.Module, again: bool) -> None:
+    """Say whether hidden layers and sampled values in a module are computed again."""
+    checkpoint_feedforward(module, again)
+    for attention in module.modules():
+        if isinstance(attention, ops.MultiScaleDeformableAttention):
+            attention.checkpoint_value = again
 
 
 def _run(

@@ -13,7 +13,7 @@ from detrex.modeling.neck import ChannelMapper
 from torch import Tensor, nn
 
 from .attention import QuerySelfAttention
-from .decoder import Checkpoint, Decoder
+from .decoder import CheckpointLayers, Decoder
 from .deformable_attention import DeformableCrossAttention
 from .detector import Detector
 from .heads import decode_boxes
@@ -120,7 +120,7 @@ class DeformableDecoder(Decoder):
         num_layers: int = 6,
         num_levels: int = 4,
         num_points: int = 4,
-        checkpoint_layers: Checkpoint = False,
+        checkpoint_layers: CheckpointLayers = False,
     ):
         super().__init__(embed_dim, num_layers, checkpoint_layers)
         self.layers = self.stack(

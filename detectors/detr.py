@@ -10,7 +10,7 @@ from detrex.layers import MLP
 from torch import Tensor, nn
 
 from .attention import QueryCrossAttention, QuerySelfAttention
-from .decoder import Checkpoint, Decoder
+from .decoder import CheckpointLayers, Decoder
 from .detector import Detector
 from .structures import AttentionMaps, DecoderOutput, LearnedQueries, Memory, Queries
 from .transformer import feed_forward
@@ -87,7 +87,7 @@ class DETRDecoder(Decoder):
         ffn_dropout: float = 0.1,
         activation: nn.Module | None = None,
         num_layers: int = 6,
-        checkpoint_layers: Checkpoint = False,
+        checkpoint_layers: CheckpointLayers = False,
     ):
         super().__init__(embed_dim, num_layers, checkpoint_layers)
         self.layers = self.stack(

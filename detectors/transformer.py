@@ -16,7 +16,8 @@ from .lean import ReLUDropout
 from .structures import STUDENT, Branch, EncoderContext, FeatureMaps, Memory, Targets
 
 TOKENS_AT_ONCE = 8192
-"""Whose hidden layer is there at a time where it is computed again."""
+"""Where hidden layers are computed again, so many tokens have theirs at the same time. They also
+draw their dropout apart."""
 
 
 class EncoderLayer(nn.Module):
@@ -70,6 +71,8 @@ class Encoder(nn.Module):
         super().__init__()
         if num_layers < 1:
             raise ValueError(f"num_layers is {num_layers}, an encoder needs at least 1")
+        if checkpoint_layers not in (False, True):
+            raise ValueError(f"checkpoint_layers is {checkpoint_layers!r}, expected True or False")
         self.embed_dim = layer.embed_dim
         self.checkpoint_layers = checkpoint_layers
         self.layers = nn.ModuleList(copy.deepcopy(layer) for _ in range(num_layers))
@@ -146,12 +149,20 @@ class FeedForward(FFN):
 
     def _checkpointed(self, x: Tensor) -> Tensor:
         """Tokens a part at a time, so that the backward pass never has the whole hidden layer."""
+        tokens = x.reshape(-1, x.shape[-1])
+        # a compiled graph would be made anew for every number of parts
+        count = len(tokens) if torch.compiler.is_compiling() else TOKENS_AT_ONCE
         parts = [
             # computing again stops at the hidden layer: nothing behind it is kept
-            checkpoint(self._without_residual, part, use_reentrant=False)
-            for part in x.flatten(0, -2).split(TOKENS_AT_ONCE)
+            checkpoint(
+                self._without_residual,
+                part,
+                use_reentrant=False,
+                preserve_rng_state=self.layers[-1].p > 0,
+            )
+            for part in tokens.split(max(1, count))
         ]
-        return torch.cat(parts).view_as(x) if len(parts) > 1 else parts[0].view_as(x)
+        return (torch.cat(parts) if len(parts) > 1 else parts[0]).view_as(x)
 
     def _without_residual(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
@@ -159,14 +170,15 @@ class FeedForward(FFN):
         return x
 
 
-def checkpoint_feedforward(module: nn.Module) -> None:
-    """Let all feed-forward networks in a module compute their hidden layer again.
+def checkpoint_feedforward(module: nn.Module, again: bool = True) -> None:
+    """Say whether the feed-forward networks in a module compute their hidden layer again.
 
-    It is the widest thing that a step keeps, and a sixth of the network's multiply-adds in one.
+    A hidden layer is the widest thing that a step keeps. To compute it adds a sixth to the
+    multiply-adds that a step spends on the network.
     """
     for network in module.modules():
         if isinstance(network, FeedForward):
-            network.checkpoint_hidden = True
+            network.checkpoint_hidden = again
 
 
 def feed_forward(

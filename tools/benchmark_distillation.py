@@ -33,7 +33,7 @@ from detectron2.structures import Boxes, Instances
 from omegaconf import DictConfig
 from tabulate import tabulate
 
-from detectors.decoder import Decoder
+from detectors.decoder import CheckpointLayers, Decoder
 from detectors.structures import AttentionMaps
 from engine.config import load_config
 from engine.errors import UserError, exit_code_of
@@ -130,10 +130,10 @@ class Bench:
             objectives = [part for i, part in enumerate(objectives) if _label(i, part) == name]
         kind = KeepingDistiller if name == KEPT else Distiller
         model = kind(self.student, self.teacher, objectives).to(self.student.device).train()
-        checkpointed = self.checkpoint_layers and name != KEPT
+        checkpointed = False if name == KEPT else self.checkpoint_layers
         return lambda: self._step(model, checkpointed)
 
-    def _step(self, model: torch.nn.Module, checkpoint_layers: bool) -> None:
+    def _step(self, model: torch.nn.Module, checkpoint_layers: CheckpointLayers) -> None:
         self.decoder.checkpoint_layers = checkpoint_layers
         model.zero_grad(set_to_none=True)
         torch.stack(list(model(self.inputs).values())).sum().backward()

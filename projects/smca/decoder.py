@@ -8,7 +8,7 @@ import torch
 from detrex.layers import MLP
 from torch import Tensor, nn
 
-from detectors.decoder import Checkpoint, Decoder
+from detectors.decoder import CheckpointLayers, Decoder
 from detectors.detr import DETRDecoderLayer
 from detectors.structures import AttentionMaps, DecoderOutput, Memory, Queries
 
@@ -87,7 +87,7 @@ class SMCADecoder(Decoder):
         ffn_dropout: float = 0.1,
         activation: nn.Module | None = None,
         num_layers: int = 6,
-        checkpoint_layers: Checkpoint = False,
+        checkpoint_layers: CheckpointLayers = False,
     ):
         super().__init__(embed_dim, num_layers, checkpoint_layers)
         self.strides = modulation.strides

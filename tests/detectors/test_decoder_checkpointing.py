@@ -24,6 +24,7 @@ from detectors.dn_detr import DNDETR
 from detectors.late_maps import LateMap, LateMaps
 from detectors.lean import ReLUDropout
 from detectors.structures import AttentionMaps
+from detectors.transformer import Encoder
 from projects.ks_detr.encoder import share_knowledge
 
 
@@ -156,10 +157,8 @@ def test_branches_are_decoded_as_without(name):
 
 
 def widely(model):
-    """The model as if it had been built with what is wide computed again."""
-    decoder = model.transformer.decoder
-    decoder.checkpoint_layers = "wide"
-    decoder.layers = decoder.stack(decoder.layers)
+    """The model, that computes what is wide again."""
+    model.transformer.decoder.checkpoint_layers = "wide"
     return model
 
 
@@ -175,16 +174,21 @@ def test_what_is_wide_is_not_kept(name):
 
 
 def test_what_is_wide_is_named_by_the_option():
-    found = {}
-    for option in (False, True, "wide"):
-        decoder = tiny_deformable.decoder(tiny_deformable.SETTINGS, checkpoint_layers=option)
-        found[option] = {
+    def marked(decoder):
+        return {
             name
             for name, module in decoder.named_modules()
-            if {"checkpoint_hidden", "checkpoint_value"} & vars(module).keys()
+            if getattr(module, "checkpoint_hidden", False)
+            or getattr(module, "checkpoint_value", False)
         }
+
     wide = {f"layers.{layer}.{part}" for layer in range(3) for part in ("attentions.1", "ffns.0")}
-    assert found == {False: set(), True: set(), "wide": wide}
+    for option in (False, True, "wide"):
+        decoder = tiny_deformable.decoder(tiny_deformable.SETTINGS, checkpoint_layers=option)
+        assert marked(decoder) == (wide if option == "wide" else set())
+    for decoder.checkpoint_layers in (True, "wide", False):
+        expected = wide if decoder.checkpoint_layers == "wide" else set()
+        assert marked(decoder) == expected
 
 
 def test_another_option_is_refused():
@@ -192,6 +196,9 @@ def test_another_option_is_refused():
         ValueError, match="checkpoint_layers is 'ffn', expected True, False or 'wide'"
     ):
         DETRDecoder(8, 2, checkpoint_layers="ffn")
+    encoder = tiny_deformable.deformable_encoder(tiny_deformable.SETTINGS)
+    with pytest.raises(ValueError, match="checkpoint_layers is 'wide', expected True or False"):
+        Encoder(encoder.layers[0], 1, checkpoint_layers="wide")
 
 
 @pytest.mark.parametrize("maps", ["kept_maps", "late_maps"])

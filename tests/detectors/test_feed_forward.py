@@ -142,3 +142,29 @@ def test_only_what_leads_to_the_hidden_layer_runs_again(training, expected):
         network.layers[place].register_forward_hook(lambda *_, place=place: finished.append(place))
     network(torch.randn(4, 8, requires_grad=True)).sum().backward()
     assert (finished.count(0), finished.count(1)) == expected
+
+
+@pytest.mark.parametrize("shape", [(8,), (0, 8), (2, 3, 5, 8)])
+def test_tokens_of_any_shape_are_computed_again(shape):
+    network, _ = pair(0.0)
+    tokens = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    expected = with_gradients(network, network, tokens, None)
+    checkpoint_feedforward(network)
+    torch.testing.assert_close(with_gradients(network, network, tokens, None), expected)
+
+
+def test_a_compiled_network_does_not_count_parts(monkeypatch):
+    monkeypatch.setattr(transformer, "TOKENS_AT_ONCE", 4)
+    network, _ = pair(0.0)
+    checkpoint_feedforward(network)
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(network, backend=backend, fullgraph=True, dynamic=True)
+    for count in (5, 9, 14, 23, 31):
+        tokens = torch.randn(count, 8, dtype=torch.float64)
+        torch.testing.assert_close(compiled(tokens), network(tokens))
+    assert len(graphs) == 1
