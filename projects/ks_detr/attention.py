@@ -55,15 +55,17 @@ class KnowledgeSharingAttention(SelfAttention):
         super().__init__(student.embed_dim, student.num_heads, student.dropout)
         self.attn = student.attn
         self.teacher = DenseTeacher(student.embed_dim, *teacher, **named_teacher)
-        self.init_weights()
+        self._init_rows(self.teacher.in_proj_weight)  # the student may be trained already
 
     def init_weights(self) -> None:
         """Xavier bounds of student and teacher rows taken as one packed matrix, as released."""
-        packed = (self.attn.in_proj_weight, self.teacher.in_proj_weight)
-        rows = sum(weight.shape[0] for weight in packed)
+        self._init_rows(self.attn.in_proj_weight)
+        self._init_rows(self.teacher.in_proj_weight)
+
+    def _init_rows(self, weight: nn.Parameter) -> None:
+        rows = len(self.attn.in_proj_weight) + len(self.teacher.in_proj_weight)
         bound = (6 / (rows + self.embed_dim)) ** 0.5
-        for weight in packed:
-            nn.init.uniform_(weight, -bound, bound)
+        nn.init.uniform_(weight, -bound, bound)
 
     @property
     def teacher_branches(self) -> tuple[Branch, ...]:

@@ -81,8 +81,8 @@ def share_knowledge(
             box_padding=box_padding,
             interpolation=interpolation,
         )
-        one.register_module("0", sharing)
-    if not keep_hidden:
+        one.register_module("0", sharing.train(student.training))
+    if not (keep_hidden or encoder.checkpoint_layers):  # which keeps nothing inside layers anyway
         checkpoint_feedforward(nn.ModuleList(encoder.layers[index] for index in indices))
     return encoder
 

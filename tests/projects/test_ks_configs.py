@@ -135,6 +135,8 @@ def test_a_config_changes_nothing_but_the_encoder_and_what_is_kept():
         ours.model.transformer.encoder = ours.model.transformer.encoder.encoder
         kept = ours.model.transformer.decoder.pop("checkpoint_layers", None)
         assert kept == (None if name.startswith("ks_conditional") else "wide")
+        masked = ours.model.transformer.decoder.pop("mask_padding_in_training", False)
+        assert masked == ("deformable" not in name)
         for config in (ours, theirs):
             config.train.output_dir = config.train.init_checkpoint = ""
         for part in ("model", "dataloader", "optimizer", "lr_multiplier", "train"):

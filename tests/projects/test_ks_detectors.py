@@ -61,6 +61,7 @@ def build(name, settings=SETTINGS, **options):
     torch.manual_seed(0)
     model = DETECTORS[name](settings)
     share_knowledge(model.transformer.encoder, **options)
+    model.transformer.decoder.checkpoint_layers = "wide"  # as in most of the configs
     return model.train()
 
 
@@ -112,12 +113,46 @@ def test_one_query_and_one_class(name):
 
 @pytest.mark.parametrize("name", DETECTORS)
 def test_recomputed_layers_give_the_same_gradients(name):
-    model, gradients = build(name, layers=2), []
-    for model.transformer.encoder.checkpoint_layers in (False, True):
-        model.zero_grad()
+    gradients = []
+    for keep_hidden, in_encoder, in_decoder in (
+        (True, False, False), (False, False, "wide"), (False, True, "wide"), (True, True, True),
+    ):  # fmt: skip
+        model = build(name, layers=2, keep_hidden=keep_hidden)
+        model.transformer.encoder.checkpoint_layers = in_encoder
+        model.transformer.decoder.checkpoint_layers = in_decoder
         total(model, batch()).backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
-    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+    for found in gradients[1:]:
+        torch.testing.assert_close(found, gradients[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_a_built_detector_stays_as_it_is(name):
+    torch.manual_seed(0)
+    model = DETECTORS[name](SETTINGS).eval()
+    inputs = [{"image": item["image"]} for item in batch()]
+    with torch.no_grad():
+        before = model(inputs)
+        share_knowledge(model.transformer.encoder)
+        after = model(inputs)
+    assert not any(module.training for module in model.modules())
+    for a, b in zip(before, after, strict=True):
+        assert torch.equal(a["instances"].pred_boxes.tensor, b["instances"].pred_boxes.tensor)
+        assert torch.equal(a["instances"].scores, b["instances"].scores)
+
+
+@pytest.mark.parametrize("name", ["conditional", "dab"])
+def test_branches_do_not_depend_on_padding_in_training(name):
+    model = build(name).double()
+    model.transformer.decoder.mask_padding_in_training = True
+    found = []
+    for inputs in (batch(), batch()[1:]):
+        targets = model.prepare_targets(inputs)
+        memory = model.encode(model.extract(model.preprocess(inputs)), targets)
+        predictions = model.predict(model.decode(memory, model.queries(memory, targets)))
+        found.append((predictions.logits[:, -1], predictions.boxes[:, -1]))
+    assert len(found[0][0]) == SETTINGS["num_decoder_layers"] + 2  # student and two teachers
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("layers", [1, 2])
@@ -181,3 +216,28 @@ def test_encode_and_decode_compile_without_a_graph_break(name):
 
     compiled = torch.compile(run, backend="eager", fullgraph=True)(features, targets)
     torch.testing.assert_close(compiled.boxes, run(features, targets).boxes)
+
+
+class Raw(torch.nn.Module):
+    """Logits and boxes of an image: from a tensor to tensors, as exporters want it."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, image):
+        memory = self.model.encode(self.model.extract(self.model.preprocess([{"image": image}])))
+        predictions = self.model.predict(self.model.decode(memory, self.model.queries(memory)))
+        return predictions.logits[-1], predictions.boxes[-1]
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_an_exported_detector_is_the_plain_one(name):
+    sharing = build(name).eval()
+    plain = DETECTORS[name](SETTINGS).eval()
+    plain.load_state_dict(plain_state_dict(sharing.state_dict()))
+    first, second = (image.float() for image in (batch()[0]["image"], pattern_image(3, 96, 128)))
+    with torch.no_grad():
+        exported = torch.export.export(Raw(sharing), (first,)).module()
+        for ours, theirs in zip(exported(second), Raw(plain)(second), strict=True):
+            assert torch.equal(ours, theirs)

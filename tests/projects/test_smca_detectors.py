@@ -245,7 +245,6 @@ def test_evaluation_is_that_of_the_student():
     model = build_single_scale_smca().eval()
     plain = model(batch())
     share_knowledge(model.transformer.encoder)
-    model.transformer.encoder.layers[-1].attentions[0].eval()
     state = model.state_dict()
     other = build_single_scale_smca().eval()
     other.load_state_dict({key: v for key, v in state.items() if ".teacher." not in key})

@@ -11,4 +11,5 @@ from ...baselines.configs.conditional_detr_r101_50ep import (
 )
 
 model.transformer.encoder = L(share_knowledge)(encoder=model.transformer.encoder)
+model.transformer.decoder.mask_padding_in_training = True
 train.output_dir = "./output/ks_conditional_detr_r101_50ep"

@@ -11,6 +11,7 @@ from ...baselines.configs.dab_detr_swin_t_in1k_50ep import (
 )
 
 model.transformer.encoder = L(share_knowledge)(encoder=model.transformer.encoder)
+model.transformer.decoder.mask_padding_in_training = True
 model.transformer.decoder.checkpoint_layers = "wide"  # for three branches
 train.init_checkpoint = "path/to/swin_tiny_patch4_window7_224_22kto1k_finetune.pth"
 train.output_dir = "./output/ks_dab_detr_swin_t_in22k_50ep"

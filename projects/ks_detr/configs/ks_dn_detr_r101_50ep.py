@@ -11,5 +11,6 @@ from ...baselines.configs.dn_detr_r101_50ep import (
 )
 
 model.transformer.encoder = L(share_knowledge)(encoder=model.transformer.encoder)
+model.transformer.decoder.mask_padding_in_training = True
 model.transformer.decoder.checkpoint_layers = "wide"  # for three branches
 train.output_dir = "./output/ks_dn_detr_r101_50ep"
