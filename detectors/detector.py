@@ -10,11 +10,11 @@ from detectron2.modeling import detector_postprocess
 from detectron2.structures import Boxes, ImageList, Instances
 from detrex.layers import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .backbone import fold_frozen_norms, laid_out
 from .criterion import SetCriterion, average_num_boxes
 from .heads import apply_heads, decode_boxes, split_denoised
+from .padding import no_padding, padding_of, resize_mask, stack_padded
 from .structures import (
     STUDENT,
     AttentionMaps,
@@ -190,13 +190,16 @@ class Detector(nn.Module):
         return targets
 
     def extract(self, images: ImageList) -> FeatureMaps:
-        """Backbone, projection to the transformer's width, padding masks and positions."""
-        levels = tuple(self.project(self.backbone(laid_out(images.tensor))))
+        """Backbone, projection to the transformer's width, padding masks and positions.
+
+        In evaluation images of different sizes pass the backbone one by one: through convolutions
+        and norms padding would reach their cells.
+        """
         padding = self._padding(images)
-        masks = [
-            _no_padding(level) if padding is None else _resize_mask(padding, level)
-            for level in levels
-        ]
+        if padding is None or self.training:
+            levels, masks = self._levels(images)
+        else:
+            levels, masks = self._levels_of_each(images)
         positions = tuple(
             self.position_embedding(mask).to(level.dtype)
             for mask, level in zip(masks, levels, strict=True)
@@ -208,6 +211,26 @@ class Detector(nn.Module):
             [(int(height), int(width)) for height, width in images.image_sizes],
             (images.tensor.shape[-2], images.tensor.shape[-1]),
         )
+
+    def _levels(self, images: ImageList) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+        """V maps (B, C, H, W) and their padding masks (B, H, W)."""
+        levels = tuple(self.project(self.backbone(laid_out(images.tensor))))
+        padding = self._padding(images)
+        masks = [
+            no_padding(level) if padding is None else resize_mask(padding, level)
+            for level in levels
+        ]
+        return levels, masks
+
+    def _levels_of_each(self, images: ImageList) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+        """The same, each image's as it is alone, then padded."""
+        alone = [
+            self._levels(ImageList.from_tensors([images[row]], self.size_divisibility))
+            for row in range(len(images))
+        ]
+        levels = zip(*(levels for levels, _ in alone), strict=True)
+        masks = zip(*(masks for _, masks in alone), strict=True)
+        return tuple(stack_padded(x, 0.0) for x in levels), [stack_padded(x, True) for x in masks]
 
     def project(self, features: dict[str, Tensor]) -> list[Tensor]:
         """Backbone features to maps (B, C, H, W) of the transformer's width."""
@@ -331,10 +354,7 @@ class Detector(nn.Module):
             return None
         if not self.training and not self.mask_padding_at_inference:
             return None
-        mask = torch.ones(len(images.image_sizes), *padded, device=self.device)
-        for row, (height, width) in enumerate(images.image_sizes):
-            mask[row, :height, :width] = 0
-        return mask
+        return padding_of(images)
 
     def _supervised(self, predictions: Predictions) -> Predictions:
         """Predictions of the groups that have losses."""
@@ -385,12 +405,3 @@ def _branch_name(loss: str, branch: Branch) -> str:
     if branch == STUDENT:
         return loss
     return re.sub(r"(_\d+)?$", lambda layer: f"_{branch.name}{layer.group()}", loss, count=1)
-
-
-def _no_padding(level: Tensor) -> Tensor:
-    return torch.zeros(level.shape[0], *level.shape[-2:], dtype=torch.bool, device=level.device)
-
-
-def _resize_mask(mask: Tensor, level: Tensor) -> Tensor:
-    """Nearest-neighbour down-sampling of a float mask (B, H, W) to a level's size, as bool."""
-    return F.interpolate(mask[None], size=level.shape[-2:])[0].to(torch.bool)

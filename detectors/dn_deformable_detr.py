@@ -65,6 +65,7 @@ class DNDeformableDETR(DeformableDetector):
         label_noise_prob: how often a copy has another label.
         box_noise_scale: how far a copy's box moves and grows, relative to its size.
         with_indicator: the last channel of the content tells noised targets from other queries.
+        noise_draws_no_label: see :class:`~detectors.denoising.DenoisingQueries`.
         detector: the arguments of :class:`~detectors.deformable_detr.DeformableDetector`.
     """
 
@@ -77,6 +78,7 @@ class DNDeformableDETR(DeformableDetector):
         label_noise_prob: float = 0.2,
         box_noise_scale: float = 0.4,
         with_indicator: bool = True,
+        noise_draws_no_label: bool = True,
         **detector,
     ):
         super().__init__(embed_dim=embed_dim, with_box_refine=True, **detector)
@@ -94,6 +96,7 @@ class DNDeformableDETR(DeformableDetector):
             label_noise_prob,
             box_noise_scale,
             with_indicator,
+            noise_draws_no_label,
         )
 
     def queries(self, memory: Memory, targets: Targets | None = None) -> Queries:

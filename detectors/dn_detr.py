@@ -19,6 +19,7 @@ class DNDETR(DABDETR):
         label_noise_prob: how often a copy has another label.
         box_noise_scale: how far a copy's box moves and grows, relative to its size.
         with_indicator: the last channel of the content tells noised targets from other queries.
+        noise_draws_no_label: see :class:`~detectors.denoising.DenoisingQueries`.
         detector: the other arguments of :class:`~detectors.dab_detr.DABDETR`; any
             :class:`~detectors.transformer.Transformer` will do.
     """
@@ -32,6 +33,7 @@ class DNDETR(DABDETR):
         label_noise_prob: float = 0.2,
         box_noise_scale: float = 0.4,
         with_indicator: bool = True,
+        noise_draws_no_label: bool = True,
         **detector,
     ):
         super().__init__(
@@ -44,6 +46,7 @@ class DNDETR(DABDETR):
             label_noise_prob,
             box_noise_scale,
             with_indicator,
+            noise_draws_no_label,
         )
 
     def contents(self) -> Tensor:

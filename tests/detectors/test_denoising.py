@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from detectron2.config import LazyConfig, instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recorded_detectors import RecordedDetector
@@ -175,3 +176,10 @@ def test_an_empty_batch_leaves_the_embedding_in_the_graph():
 def test_groups_are_needed():
     with pytest.raises(ValueError, match="groups is 0, noised targets need at least 1"):
         DenoisingQueries(5, 8, groups=0)
+
+
+@pytest.mark.parametrize("name", ["dn_detr", "dn_deformable_detr"])
+def test_a_config_can_keep_noise_to_the_classes(name):
+    config = LazyConfig.load(str(ROOT / f"projects/baselines/configs/{name}_quickstart.py"))
+    config.model.noise_draws_no_label = False
+    assert not instantiate(config.model).denoising_generator.noise_draws_no_label

@@ -1,14 +1,12 @@
 """Dense triple and dual attention against the vectors recorded from the released implementation."""
 
-import json
-
-import numpy as np
 import pytest
 import torch
+from recorded_entries import Recording, matches
 
 from detectors.attention import SelfAttention
 from detectors.structures import EncoderContext, FeatureMaps
-from projects.ks_detr import teacher
+from projects.ks_detr import attention, teacher
 from projects.ks_detr.attention import KnowledgeSharingAttention
 from projects.ks_detr.checkpoint import from_released
 from projects.ks_detr.teacher import ForegroundMark, ForegroundMLP
@@ -20,35 +18,26 @@ CASES = {
     "dual_share_v": ("share_v",),
     "dual_share_a": ("share_a",),
 }
+RELEASED_MLP = "token_split_conv.linear.0."
 
 
 @pytest.fixture(scope="module")
-def vectors(reference_dir):
-    folder = reference_dir / "ks_detr"
-    return np.load(folder / "attention.npz"), json.loads((folder / "attention.json").read_text())
+def recording(reference_dir):
+    return Recording(reference_dir / "ks_detr" / "attention")
 
 
-def group(arrays, case, name):
-    prefix = f"{case}/{name}/"
-    return {
-        key[len(prefix) :]: torch.from_numpy(arrays[key]).double()
-        for key in arrays.files
-        if key.startswith(prefix)
-    }
-
-
-def build(case, arrays):
-    weights = group(arrays, case, "w")
+def build(case, weights):
     features = ForegroundMark() if case == "triple_mark" else ForegroundMLP(32)
     module = KnowledgeSharingAttention(SelfAttention(32, 4), features, CASES[case]).double()
-    released = {
-        f"layers.0.attentions.0.{key}": value for key, value in weights.items() if "attn" in key
-    }
-    released |= {key: value for key, value in weights.items() if key.startswith("ksgt")}
-    prefix = "layers.0.attentions.0."
-    state = from_released(released, prefix="")
-    module.load_state_dict({key.removeprefix(prefix): value for key, value in state.items()})
+    module.load_state_dict(ours(weights))
     return module
+
+
+def ours(released):
+    """Released keys of an attention and of the sMLP beside it, as this attention's."""
+    prefix = "layers.0.attentions.0."
+    named = {k if k.startswith("ksgt") else prefix + k: value for k, value in released.items()}
+    return {k.removeprefix(prefix): value for k, value in from_released(named, prefix="").items()}
 
 
 def run(module, inputs, monkeypatch):
@@ -62,43 +51,106 @@ def run(module, inputs, monkeypatch):
     return tokens, positions, context, module(tokens, context)
 
 
+def watch(module, monkeypatch):
+    """What a call has inside under its recorded names: attention logits and teacher features."""
+    seen, attend = {}, attention.attend
+
+    def watched(query, key, value, allowed=None, *rest):
+        logits = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5
+        if allowed is not None:
+            logits = logits.masked_fill(~allowed, float("-inf"))
+        seen["logits_teacher" if "logits_student" in seen else "logits_student"] = logits
+        return attend(query, key, value, allowed, *rest)
+
+    def keep(module, inputs, features):
+        seen["x_teacher"] = features.transpose(0, 1)
+
+    monkeypatch.setattr(attention, "attend", watched)
+    module.teacher.features.register_forward_hook(keep)
+    return seen
+
+
+def check_branch(entries, facts, name, module, tokens, branch, cotangent):
+    """One branch's gradients, and the row blocks of the packed projections that get any."""
+    weights = module.attn.in_proj_weight, module.teacher.in_proj_weight
+    found = torch.autograd.grad(branch, [tokens, *weights], cotangent, retain_graph=True)
+    expected = entries.group(f"grad_{name}")
+    packed = torch.cat(found[1:])
+    matches(found[0].transpose(0, 1), expected.pop("x"), name=name)
+    matches(packed, expected.pop("in_proj_weight"), name=name)
+    assert not expected
+    blocks = packed.split(module.embed_dim)
+    assert len(blocks) == len(facts["in_proj_row_blocks"])
+    taught = facts["row_blocks_with_gradient_per_branch"][name]
+    assert [bool(block.any()) for block in blocks] == taught
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_outputs_and_gradients(case, vectors, monkeypatch):
-    arrays, _ = vectors
-    module = build(case, arrays)
-    inputs = group(arrays, case, "in")
-    tokens, positions, context, output = run(module, inputs, monkeypatch)
-    expected = group(arrays, case, "out")
-    names = [name for name in ("student", "teacher1", "teacher2") if name in expected]
-    reference = torch.cat([expected[name].transpose(0, 1) for name in names])
-    torch.testing.assert_close(output, reference, rtol=1e-5, atol=1e-6)
+def test_all_that_is_recorded(case, recording, monkeypatch):
+    entries, facts = recording.entries(case), recording.cases[case]
+    module = build(case, entries.group("w"))
+    seen = watch(module, monkeypatch)
+    tokens, positions, context, output = run(module, entries.group("in"), monkeypatch)
+    names = facts["outputs"]
     assert len(module.branches(context)) == len(names)
+    branches = dict(zip(names, output.chunk(len(names)), strict=True))
+    seen |= {name: branch.transpose(0, 1) for name, branch in branches.items()}
+    expected = entries.group("out")
+    assert seen.keys() == expected.keys()
+    for name, value in expected.items():
+        matches(seen[name], value, name=name)
 
-    cotangents = group(arrays, case, "cotangent")
-    output.backward(torch.cat([cotangents[name].transpose(0, 1) for name in names]))
-    gradients = group(arrays, case, "grad")
-    close = {"rtol": 1e-5, "atol": 1e-5}
-    torch.testing.assert_close(tokens.grad.transpose(0, 1), gradients["x"], **close)
-    torch.testing.assert_close(positions.grad.transpose(0, 1), gradients["pos"], **close)
+    cotangents = {k: v.transpose(0, 1) for k, v in entries.group("cotangent").items()}
+    for name, branch in branches.items():
+        check_branch(entries, facts, name, module, tokens, branch, cotangents[name])
+    output.backward(torch.cat([cotangents[name] for name in names]))
+    gradients = entries.group("grad")
+    matches(tokens.grad.transpose(0, 1), gradients.pop("x"))
+    matches(positions.grad.transpose(0, 1), gradients.pop("pos"))
+    found = {name: parameter.grad for name, parameter in module.named_parameters()}
+    gradients = ours(gradients)
+    assert found.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        matches(found[name], gradient, name=name)
+    entries.finish()
+
+
+def test_foreground_mlp_alone(recording):
+    entries = recording.entries("smlp")
+    features, inputs = ForegroundMLP(32).double(), entries.group("in")
+    weights = entries.group("w")
+    features.linear.load_state_dict({k.removeprefix(RELEASED_MLP): v for k, v in weights.items()})
+    tokens = inputs["x"].transpose(0, 1).requires_grad_()
+    output = features(tokens, inputs["fg_mask"].T, inputs["padding_mask"])
+    matches(output.transpose(0, 1), entries.take("out/x_teacher"))
+    # a linear layer and ReLU leave no token as it was
+    changed = (output != tokens).any(-1)
+    assert torch.equal(changed.T.double(), entries.take("out/valid_fg_mask"))
+    output.backward(entries.take("cotangent").transpose(0, 1))
+    gradients = entries.group("grad")
+    matches(tokens.grad.transpose(0, 1), gradients.pop("x"))
     for kind in ("weight", "bias"):
-        packed = torch.cat(
-            [getattr(part, f"in_proj_{kind}").grad for part in (module.attn, module.teacher)]
-        )
-        torch.testing.assert_close(packed, gradients[f"attn.in_proj_{kind}"], **close)
-        out_proj = getattr(module.attn.out_proj, kind).grad
-        torch.testing.assert_close(out_proj, gradients[f"attn.out_proj.{kind}"], **close)
-        if case != "triple_mark":
-            released = gradients[f"ksgt.smlp_module.token_split_conv.linear.0.{kind}"]
-            learned = getattr(module.teacher.features.linear, kind).grad
-            torch.testing.assert_close(learned, released, **close)
+        found = features.linear.get_parameter(kind).grad
+        matches(found, gradients.pop(RELEASED_MLP + kind), name=kind)
+    assert not gradients
+    entries.finish()
 
 
-def test_without_ground_truth_it_is_the_plain_attention(vectors):
-    arrays, _ = vectors
-    module = build("triple", arrays)
+def test_no_recorded_case_is_left_out(recording):
+    """The other modules that compare cases of the file ask for theirs by kind."""
+    assert recording.of_kind("KSMultihead") == set(CASES)
+    assert recording.of_kind("sMLP") == {"smlp"}
+    assert recording.of_kind("deformable") == {"deformable_triple"}
+    others = recording.of_kind("gt mask") | set(CASES) | {"smlp", "deformable_triple"}
+    assert recording.cases.keys() == {key.split("/")[0] for key in recording.arrays} == others
+
+
+def test_without_ground_truth_it_is_the_plain_attention(recording):
+    entries = recording.entries("triple")
+    module = build("triple", entries.group("w"))
     plain = SelfAttention(32, 4).double()
     plain.load_state_dict({k: v for k, v in module.state_dict().items() if "teacher" not in k})
-    inputs = group(arrays, "triple", "in")
+    inputs = entries.group("in")
     features = FeatureMaps((), None, (), [], (0, 0))
     context = EncoderContext(inputs["pos"].transpose(0, 1), None, features)
     tokens = inputs["x"].transpose(0, 1)

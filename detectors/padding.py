@@ -1,0 +1,36 @@
+"""Where images of a batch are padded, in pixels and in cells."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from detectron2.structures import ImageList
+from torch import Tensor
+
+
+def padding_of(images: ImageList) -> Tensor:
+    """Mask of the padded pixels (B, H, W), as float: 1 on padding."""
+    mask = torch.ones(len(images), *images.tensor.shape[-2:], device=images.tensor.device)
+    for row, (height, width) in enumerate(images.image_sizes):
+        mask[row, :height, :width] = 0
+    return mask
+
+
+def no_padding(level: Tensor) -> Tensor:
+    """The mask (B, H, W) of a map (B, C, H, W) without any."""
+    return torch.zeros(level.shape[0], *level.shape[-2:], dtype=torch.bool, device=level.device)
+
+
+def resize_mask(mask: Tensor, level: Tensor) -> Tensor:
+    """Nearest-neighbour down-sampling of a float mask (B, H, W) to a level's size, as bool."""
+    return F.interpolate(mask[None], size=level.shape[-2:])[0].to(torch.bool)
+
+
+def stack_padded(maps: Iterable[Tensor], value: float | bool) -> Tensor:
+    """Maps (1, ..., H, W) of different sizes as one, padded at the bottom and right."""
+    maps = list(maps)
+    height, width = (max(each.shape[axis] for each in maps) for axis in (-2, -1))
+    sides = [(0, width - each.shape[-1], 0, height - each.shape[-2]) for each in maps]
+    return torch.cat([F.pad(*each, value=value) for each in zip(maps, sides, strict=True)])

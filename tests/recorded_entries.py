@@ -1,0 +1,84 @@
+"""Recorded arrays of which none may be left uncompared."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+
+class Entries:
+    """What is recorded under a prefix; whoever takes an entry is to use or to compare it.
+
+    A name that a test forgets or filters out is still here at the end, where :meth:`finish` fails.
+    """
+
+    def __init__(self, arrays: dict[str, Tensor], prefix: str):
+        self._left = {
+            key.removeprefix(prefix): value
+            for key, value in arrays.items()
+            if key.startswith(prefix)
+        }
+        assert self._left, f"nothing is recorded under {prefix}"
+
+    def take(self, name: str) -> Tensor:
+        """One entry."""
+        return self._left.pop(name)
+
+    def take_if_recorded(self, name: str) -> Tensor | None:
+        """One entry of those that not every recording has."""
+        return self._left.pop(name, None)
+
+    def group(self, name: str) -> dict[str, Tensor]:
+        """All entries below a name, at least one."""
+        prefix = f"{name}/"
+        keys = [key for key in self._left if key.startswith(prefix)]
+        assert keys, f"nothing is recorded under {prefix}"
+        return {key.removeprefix(prefix): self._left.pop(key) for key in keys}
+
+    def finish(self) -> None:
+        """Assert that every entry was taken."""
+        assert not self._left, f"recorded but not compared: {sorted(self._left)}"
+
+
+class Recording:
+    """A pair of json and npz files with the same name; floats are read in float64."""
+
+    def __init__(self, path: Path):
+        record = json.loads(path.with_suffix(".json").read_text())
+        self.about, self.cases = record["about"], record["cases"]
+        with np.load(path.with_suffix(".npz")) as arrays:
+            tensors = {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+        self.arrays = {
+            key: value.double() if value.is_floating_point() else value
+            for key, value in tensors.items()
+        }
+
+    def entries(self, case: str) -> Entries:
+        """The arrays of one case."""
+        return Entries(self.arrays, f"{case}/")
+
+    def of_kind(self, kind: str) -> set[str]:
+        """Cases whose kind contains a text."""
+        return {name for name, facts in self.cases.items() if kind in facts["kind"]}
+
+
+def matches(found: Tensor, expected: Tensor, atol: float = 1e-7, name: str = "") -> None:
+    """Assert a relative difference below 1e-5.
+
+    What was computed in float64 is stored in float32, so that its values, which are of the order
+    of one, are rounded by less than 1e-6; ``atol`` is for sums in which larger numbers cancel.
+    """
+    assert found.shape == expected.shape, name
+    torch.testing.assert_close(
+        found.double(), expected.double(), rtol=1e-5, atol=atol, msg=lambda text: f"{name}: {text}"
+    )
+
+
+def same_norm(found: Tensor, expected: float, rel: float, name: str) -> None:
+    """Assert an equal norm; what is recorded as zero is so up to the rounding of sums."""
+    assert found.norm().item() == pytest.approx(expected, rel=rel, abs=1e-9), name
