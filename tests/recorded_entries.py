@@ -1,4 +1,4 @@
-"""Recorded arrays of which none may be left uncompared."""
+"""Arrays recorded from KS-DETR's release, none of which may be left uncompared."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor
+
+from projects.ks_detr.checkpoint import from_released
 
 
 class Entries:
@@ -67,18 +68,18 @@ class Recording:
         return {name for name, facts in self.cases.items() if kind in facts["kind"]}
 
 
-def matches(found: Tensor, expected: Tensor, atol: float = 1e-7, name: str = "") -> None:
-    """Assert a relative difference below 1e-5.
+def our_attention(released: dict) -> dict:
+    """Released keys of one attention and of the sMLP beside it, as those of this attention."""
+    prefix = "layers.0.attentions.0."
+    named = {k if k.startswith("ksgt") else prefix + k: value for k, value in released.items()}
+    return {k.removeprefix(prefix): value for k, value in from_released(named, prefix="").items()}
 
-    What was computed in float64 is stored in float32, so that its values, which are of the order
-    of one, are rounded by less than 1e-6; ``atol`` is for sums in which larger numbers cancel.
+
+def matches(found: Tensor, expected: Tensor, *, atol: float = 1e-9, name: str = "") -> None:
+    """Assert a relative difference below 1e-5 of what was computed in float64.
+
+    ``atol`` is for sums that are zero but for their rounding, of values of the order of one.
     """
-    assert found.shape == expected.shape, name
     torch.testing.assert_close(
         found.double(), expected.double(), rtol=1e-5, atol=atol, msg=lambda text: f"{name}: {text}"
     )
-
-
-def same_norm(found: Tensor, expected: float, rel: float, name: str) -> None:
-    """Assert an equal norm; what is recorded as zero is so up to the rounding of sums."""
-    assert found.norm().item() == pytest.approx(expected, rel=rel, abs=1e-9), name

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from recorded_entries import Recording, matches
+from recorded_entries import Recording, matches, our_attention
 
 from detectors.attention import SelfAttention
 from detectors.structures import EncoderContext, FeatureMaps
 from projects.ks_detr import attention, teacher
 from projects.ks_detr.attention import KnowledgeSharingAttention
-from projects.ks_detr.checkpoint import from_released
 from projects.ks_detr.teacher import ForegroundMark, ForegroundMLP
 
 CASES = {
@@ -29,15 +28,8 @@ def recording(reference_dir):
 def build(case, weights):
     features = ForegroundMark() if case == "triple_mark" else ForegroundMLP(32)
     module = KnowledgeSharingAttention(SelfAttention(32, 4), features, CASES[case]).double()
-    module.load_state_dict(ours(weights))
+    module.load_state_dict(our_attention(weights))
     return module
-
-
-def ours(released):
-    """Released keys of an attention and of the sMLP beside it, as this attention's."""
-    prefix = "layers.0.attentions.0."
-    named = {k if k.startswith("ksgt") else prefix + k: value for k, value in released.items()}
-    return {k.removeprefix(prefix): value for k, value in from_released(named, prefix="").items()}
 
 
 def run(module, inputs, monkeypatch):
@@ -108,7 +100,7 @@ def test_all_that_is_recorded(case, recording, monkeypatch):
     matches(tokens.grad.transpose(0, 1), gradients.pop("x"))
     matches(positions.grad.transpose(0, 1), gradients.pop("pos"))
     found = {name: parameter.grad for name, parameter in module.named_parameters()}
-    gradients = ours(gradients)
+    gradients = our_attention(gradients)
     assert found.keys() == gradients.keys()
     for name, gradient in gradients.items():
         matches(found[name], gradient, name=name)

@@ -3,15 +3,14 @@
 import math
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
+from recorded_entries import Recording, matches, our_attention
 from torch import nn
 
 from detectors.deformable_attention import DeformableSelfAttention
 from detectors.structures import EncoderContext, FeatureMaps
 from projects.ks_detr import teacher
-from projects.ks_detr.checkpoint import from_released
 from projects.ks_detr.deformable_attention import KnowledgeSharingDeformableAttention
 from projects.ks_detr.teacher import ForegroundMark, ForegroundMLP
 
@@ -40,41 +39,76 @@ def with_foreground(monkeypatch, mask):
     monkeypatch.setattr(teacher, "foreground_mask", lambda *_: mask.bool())
 
 
-def test_recorded_outputs_and_gradients(reference_dir, monkeypatch):
-    arrays = np.load(reference_dir / "ks_detr" / "attention.npz")
+def check_branch(entries, silent, name, module, tokens, branch, cotangent):
+    """One branch's gradients: those of the tokens, and which parameters get none."""
+    parameters = dict(module.named_parameters())
+    inputs = [tokens, *parameters.values()]
+    found, *rest = torch.autograd.grad(branch, inputs, cotangent, retain_graph=True)
+    expected = entries.group(f"grad_{name}")
+    matches(found, expected.pop("x"), name=name)
+    assert not expected
+    without = {key for key, grad in zip(parameters, rest, strict=True) if not grad.any()}
+    assert without == our_attention(dict.fromkeys(silent)).keys()
 
-    def group(name):
-        prefix = f"deformable_triple/{name}/"
-        found = {k[len(prefix) :]: arrays[k] for k in arrays.files if k.startswith(prefix)}
-        return {key: torch.from_numpy(value).double() for key, value in found.items()}
 
-    prefix = "layers.0.attentions.0."
-    released = {
-        key if key.startswith("ksgt") else prefix + key: value for key, value in group("w").items()
-    }
-    module, inputs = build(), group("in")
-    state = from_released(released, prefix="")
-    module.load_state_dict({key.removeprefix(prefix): value for key, value in state.items()})
+def watch(module):
+    """What a call has inside under its recorded names: sampling logits and teacher features."""
+    seen = {}
+
+    def keep(name, shape=None):
+        def hook(module, inputs, output):
+            seen[name] = output if shape is None else output.unflatten(-1, shape)
+
+        return hook
+
+    heads = module.num_heads, -1
+    module.attention_weights.register_forward_hook(keep("logits_student", heads))
+    module.teacher.attention_weights.register_forward_hook(keep("logits_teacher", heads))
+    module.teacher.features.register_forward_hook(keep("x_teacher"))
+    return seen
+
+
+def check_geometry(inputs):
+    """The inputs that are implied here: the levels' shapes and where each begins."""
+    shapes = inputs.pop("spatial_shapes")
+    assert shapes.tolist() == [list(shape) for shape in SHAPES]
+    areas = shapes.prod(dim=1)
+    assert torch.equal(inputs.pop("level_start_index"), areas.cumsum(0) - areas)
+
+
+def test_all_that_is_recorded(reference_dir, monkeypatch):
+    recording = Recording(reference_dir / "ks_detr" / "attention")
+    (case,) = recording.of_kind("deformable")
+    entries, facts = recording.entries(case), recording.cases[case]
+    module, inputs = build(), entries.group("in")
+    module.load_state_dict(our_attention(entries.group("w")))
+    check_geometry(inputs)
+    seen = watch(module)
     with_foreground(monkeypatch, inputs["fg_mask"].T)
     tokens, positions = (inputs[key].requires_grad_() for key in ("x", "pos"))
     output = module(tokens, make_context(inputs))
-    names = ("student", "teacher1", "teacher2")
-    expected, cotangents = group("out"), group("cotangent")
-    reference = torch.cat([expected[name] for name in names])
-    torch.testing.assert_close(output, reference, rtol=1e-5, atol=1e-6)
+    names = facts["outputs"]
+    branches = dict(zip(names, output.chunk(len(names)), strict=True))
+    seen |= branches
+    expected = entries.group("out")
+    assert seen.keys() == expected.keys()
+    for name, value in expected.items():
+        matches(seen[name], value, name=name)
 
+    cotangents = entries.group("cotangent")
+    for name, branch in branches.items():
+        silent = facts["zero_gradient_tensors_per_branch"][name]
+        check_branch(entries, silent, name, module, tokens, branch, cotangents[name])
     output.backward(torch.cat([cotangents[name] for name in names]))
-    gradients = group("grad")
-    close = {"rtol": 1e-5, "atol": 1e-5}
-    torch.testing.assert_close(tokens.grad, gradients.pop("x"), **close)
-    torch.testing.assert_close(positions.grad, gradients.pop("pos"), **close)
-    ours = {f"{prefix}{key}": p.grad for key, p in module.named_parameters()}
-    renamed = from_released(
-        {key if key.startswith("ksgt") else prefix + key: g for key, g in gradients.items()}, ""
-    )
-    assert renamed.keys() == ours.keys()
-    for key, gradient in renamed.items():
-        torch.testing.assert_close(ours[key], gradient, **close)
+    gradients = entries.group("grad")
+    matches(tokens.grad, gradients.pop("x"))
+    matches(positions.grad, gradients.pop("pos"))
+    found = {name: parameter.grad for name, parameter in module.named_parameters()}
+    gradients = our_attention(gradients)
+    assert found.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        matches(found[name], gradient, name=name)
+    entries.finish()
 
 
 def random_inputs(seed=0, batch=2, dim=32):

@@ -1,13 +1,12 @@
 """Foreground masks against the recorded ones and against drawing and resizing pixels."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from recorded_entries import Recording, matches
 
 from detectors.structures import FeatureMaps
 from projects.ks_detr.foreground import foreground_mask
@@ -41,30 +40,75 @@ def drawn(boxes, shapes, padded, sizes=None, box_padding=0, interpolation="bilin
     return torch.stack(masks)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        "gtmask_single",
-        "gtmask_multi",
-        "gtmask_pad16_single",
-        "gtmask_pad5_multi",
-        "gtmask_exact_grid",
-        "gtmask_one_row",
-    ],
-)
-def test_recorded_masks(case, reference_dir):
-    arrays = np.load(reference_dir / "ks_detr" / "attention.npz")
-    record = json.loads((reference_dir / "ks_detr" / "attention.json").read_text())["cases"][case]
-    data = {k.split("/", 1)[1]: arrays[k] for k in arrays.files if k.startswith(f"{case}/")}
-    boxes = [b[~np.isnan(b).any(1)] for b in data["in/boxes_xyxy"]]
-    shapes = [tuple(map(int, shape)) for shape in data["in/feat_sizes_hw"].reshape(-1, 2)]
-    sizes = [tuple(map(int, size)) for size in data["in/image_sizes_hw"]]
-    padded = tuple(map(int, data["in/padded_hw"]))
-    mask = foreground_mask(
-        feature_maps(shapes, sizes, padded), targets_of(boxes), record["pad_fg_pixel"]
-    )
-    assert mask.sum(1).tolist() == record["fg_tokens_per_image"]
-    np.testing.assert_array_equal(mask.T.numpy(), data["out/token_mask"] != 0)
+CASES = [
+    "gtmask_single",
+    "gtmask_multi",
+    "gtmask_pad16_single",
+    "gtmask_pad5_multi",
+    "gtmask_significance",
+    "gtmask_exact_grid",
+    "gtmask_one_row",
+]
+
+
+class RecordedMask:
+    """A recorded scene of boxes; ``entries`` is what is recorded of its masks."""
+
+    def __init__(self, recording, case):
+        self.entries, self.facts = recording.entries(case), recording.cases[case]
+        inputs = self.entries.group("in")
+        self.boxes = [boxes[~boxes.isnan().any(1)] for boxes in inputs.pop("boxes_xyxy")]
+        assert [len(boxes) for boxes in self.boxes] == inputs.pop("num_boxes").tolist()
+        self.shapes = [tuple(x) for x in inputs.pop("feat_sizes_hw").view(-1, 2).tolist()]
+        self.sizes = [tuple(x) for x in inputs.pop("image_sizes_hw").tolist()]
+        self.padded = tuple(inputs.pop("padded_hw").tolist())
+        assert not inputs
+
+    def marked(self, boxes, shapes):
+        """Tokens (B, S) of maps of the given shapes in which boxes of every image are marked."""
+        features = feature_maps(shapes, self.sizes, self.padded)
+        return foreground_mask(features, targets_of(boxes), self.facts["pad_fg_pixel"])
+
+    def pixels(self):
+        """The release's mask (B, H, W): maps of the padded size read every pixel itself."""
+        if self.facts["criterion"] != "significance_value":
+            return self.marked(self.boxes, [self.padded]).unflatten(1, self.padded).double()
+        # small boxes count more, and the largest weight where some overlap; tokens ignore weights
+        masks = torch.zeros(len(self.boxes), *self.padded, dtype=torch.float64)
+        for index in range(max(len(boxes) for boxes in self.boxes)):
+            single = [boxes[index : index + 1] for boxes in self.boxes]
+            mask = self.marked(single, [self.padded]).unflatten(1, self.padded).double()
+            area = mask.sum((1, 2))
+            # as recorded: 1 up to 32^2 pixels, and a straight line through 64^2 and 128^2
+            weight = np.interp(area, [32**2, 64**2, 128**2], [1.0, 0.9, 0.8])
+            masks = torch.maximum(masks, mask * torch.from_numpy(weight)[:, None, None])
+        return masks
+
+
+@pytest.fixture(scope="module")
+def recording(reference_dir):
+    return Recording(reference_dir / "ks_detr" / "attention")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_recorded_masks(case, recording):
+    scene = RecordedMask(recording, case)
+    assert (len(scene.shapes) > 1) == scene.facts["multi_scale"]
+    mask = scene.marked(scene.boxes, scene.shapes)
+    assert mask.sum(1).tolist() == scene.facts["fg_tokens_per_image"]
+    assert torch.equal(mask.T, scene.entries.take("out/token_mask") != 0)
+    pixels = scene.pixels()
+    matches(pixels.sum((1, 2)), scene.entries.take("out/pixel_sum"))
+    recorded = scene.entries.take_if_recorded("out/pixel_mask")
+    assert (recorded is None) == scene.facts["multi_scale"]
+    if recorded is not None:
+        assert torch.equal(pixels != 0, recorded != 0)
+        matches(pixels, recorded)
+    scene.entries.finish()
+
+
+def test_no_recorded_mask_is_left_out(recording):
+    assert recording.of_kind("gt mask") == set(CASES)
 
 
 @st.composite
