@@ -1,12 +1,13 @@
 """Whole KS-DETR models recorded from the released implementation, and the checks on ours."""
 
-import json
 import zlib
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+from recorded_entries import Entries, Recording, matches
 from tiny_dab import build as build_dab
 from tiny_deformable import build_deformable, common_parts, decoder, deformable_encoder
 from tiny_detectors import StubBackbone, build_conditional, instances, pattern_image
@@ -18,6 +19,7 @@ from detectors.dn_deformable_detr import DNDeformableDecoder, DNDeformableDETR
 from detectors.dn_detr import DNDETR
 from projects.ks_detr.checkpoint import KS_DETR
 from projects.ks_detr.encoder import share_knowledge
+from projects.ks_detr.foreground import foreground_mask
 
 NO_NOISE = {"denoising_groups": 3, "label_noise_prob": 0.0, "box_noise_scale": 0.0}
 SETTINGS = {
@@ -91,11 +93,9 @@ class RecordedModel:
     """One case of a folder that holds models.json and models.npz, in float64."""
 
     def __init__(self, folder: Path, name: str):
-        record = json.loads((folder / "models.json").read_text())
-        arrays = np.load(folder / "models.npz")
-        prefixes = ("inputs/", f"{name}/")
-        self.data = {k: torch.from_numpy(arrays[k]) for k in arrays.files if k.startswith(prefixes)}
-        self.name, self.about, self.case = name, record["about"], record["cases"][name]
+        recording = Recording(folder / "models")
+        self.arrays, self.about = recording.arrays, recording.about
+        self.name, self.case = name, recording.cases[name]
         detector, options, self.sharing = CASES[name]
         self.model = BUILDERS[detector](SETTINGS, self.features("train"), **options)
         share_knowledge(self.model.transformer.encoder, **self.sharing)
@@ -105,8 +105,7 @@ class RecordedModel:
 
     def features(self, mode: str) -> dict[str, torch.Tensor]:
         """What the stub backbone returns."""
-        prefix = f"inputs/{mode}_features/"
-        return {k[len(prefix) :]: v for k, v in self.data.items() if k.startswith(prefix)}
+        return Entries(self.arrays, "inputs/").group(f"{mode}_features")
 
     def training_inputs(self) -> list[dict]:
         """The three images, of which one is smaller and one has no boxes."""
@@ -131,6 +130,32 @@ class RecordedModel:
         assert len(levels) == self.case["number_of_output_levels"]
         return levels
 
+    def check_settings(self) -> None:
+        """What the record says of the case is what is built here."""
+        branches = self.sharing.get("branches", ["share_v", "share_a"])
+        attention = {"share_v": "DualAttnShareV", "share_a": "DualAttnShareA"}[branches[0]]
+        deformable = "deformable" in CASES[self.name][0]
+        if len(branches) == 2:
+            attention = "DeformableTripleAttnShareAV" if deformable else "TripleAttnQKVShareAV"
+        mark = self.sharing.get("teacher_features") == "mark"
+        options = {"refine": "with_box_refine", "two_stage": "as_two_stage"}
+        assert self.case["spec"] == {
+            "detector": CASES[self.name][0],
+            "last_encoder_layer": attention,
+            "masking": "MarkFg1Bg0" if mark else "sMLP",
+            "loc": {"DualAttnShareV": "QK", "DualAttnShareA": "V"}.get(attention, "X"),
+            "teacher_last_decoder_layer_only": not self.sharing.get("teacher_aux_loss", False),
+            **{options[name]: value for name, value in CASES[self.name][1].items()},
+        }
+        levels = self.levels()
+        last = {branch: place for place, (branch, _) in enumerate(levels)}
+        kinds = {f"_{branch}": kind for branch, kind in self.branch_kinds().items()}
+        assert self.case["output_level_index"] == {
+            kinds[branch] if branch else f"student_layer{layer}": place
+            for place, (branch, layer) in enumerate(levels)
+            if not branch or place == last[branch]
+        }
+
     def expected_losses(self) -> dict[str, float]:
         """Recorded losses under our names: they number all output levels in one row."""
         recorded, renamed = dict(self.case["losses"]), {}
@@ -147,21 +172,21 @@ class RecordedModel:
         return renamed | recorded  # what is left are the proposals' losses
 
     def check_training(self, rel: float = 1e-5) -> None:
-        """Memory, predictions and losses, and the norms of all gradients."""
+        """Losses and the norms of all gradients, and the recorded arrays where there are any."""
         model = self.model.train()
         model.backbone = StubBackbone(self.features("train"))
         inputs = self.training_inputs()
         targets = model.prepare_targets(inputs)
-        memory = model.encode(model.extract(model.preprocess(inputs)), targets)
+        features = model.extract(model.preprocess(inputs))
+        memory = model.encode(features, targets)
         predictions = model.predict(model.decode(memory, model.queries(memory, targets)))
-        self._check_memory(memory)
-        parts = {"": predictions, "dn_": predictions.denoised}
-        for prefix, part in parts.items():
-            for kind in ("logits", "boxes"):
-                expected = self.data.get(f"{self.name}/train/{prefix}pred_{kind}")
-                if expected is not None:
-                    found = getattr(part, kind)
-                    torch.testing.assert_close(found, expected.double(), rtol=rel, atol=1e-5)
+        if any(key.startswith(f"{self.name}/train/") for key in self.arrays):
+            entries = Entries(self.arrays, f"{self.name}/train/")
+            mask = foreground_mask(features, targets)
+            assert torch.equal(mask.T, entries.take("fg_token_mask") != 0)
+            self._check_memory(memory, entries)
+            self._check_predictions(predictions, entries)
+            entries.finish()
         losses, expected = model.losses(predictions, targets), self.expected_losses()
         assert losses.keys() == expected.keys()
         for name, value in expected.items():
@@ -172,18 +197,37 @@ class RecordedModel:
         total.backward()
         self._check_gradients(rel)
 
-    def _check_memory(self, memory) -> None:
-        kinds = {"student": "student", "share_v": "teacher1", "share_a": "teacher2"}
-        if len(memory.branches) == 2:
-            kinds["share_a"] = "teacher1"
-        for branch, rows in zip(memory.branches, memory.tokens.split(memory.batch), strict=True):
-            key = f"{self.name}/train/encoder_{kinds[branch.name]}_first8channels"
-            expected = self.data.get(key)
-            if expected is not None:
-                if expected.shape[0] != len(rows):  # single-scale ones are sequence-first
-                    expected = expected.transpose(0, 1)
-                close = {"rtol": 1e-5, "atol": 1e-5}
-                torch.testing.assert_close(rows[..., :8], expected.double(), **close)
+    def branch_kinds(self) -> dict[str, str]:
+        """Recorded names by branch."""
+        return {
+            name: f"teacher{number}" if number else name
+            for number, name in enumerate(self.model.branch_names)
+        }
+
+    def _check_memory(self, memory, entries: Entries) -> None:
+        branches = [branch.name for branch in memory.branches]
+        kinds = self.branch_kinds()
+        assert branches == list(kinds)
+        for branch, rows in zip(branches, memory.tokens.split(memory.batch), strict=True):
+            expected = entries.take(f"encoder_{kinds[branch]}_first8channels")
+            if expected.shape[0] != len(rows):  # single-scale ones are sequence-first
+                expected = expected.transpose(0, 1)
+            matches(rows[..., :8], expected, name=branch)
+
+    def _check_predictions(self, predictions, entries: Entries) -> None:
+        # proposals start from the logits of cell centres, which are computed in float32
+        atol = 1e-9 if predictions.proposals is None else 1e-6
+        parts = {"": predictions}
+        if predictions.denoised is not None:
+            parts["dn_"] = predictions.denoised
+        for prefix, part in parts.items():
+            for kind in ("logits", "boxes"):
+                name = f"{prefix}pred_{kind}"
+                matches(getattr(part, kind), entries.take(name), atol=atol, name=name)
+        if predictions.proposals is not None:
+            name = "enc_pred_boxes_first_image"
+            boxes = predictions.proposals.boxes[0, 0]
+            matches(boxes, entries.take(name), atol=atol, name=name)
 
     def _check_gradients(self, rel: float) -> None:
         gradients = {name: parameter.grad for name, parameter in self.model.named_parameters()}
@@ -207,14 +251,37 @@ class RecordedModel:
 
     def check_inference(self) -> None:
         """The student's detections on one image."""
-        model = self.model.eval()
+        model, size = self.model.eval(), self.about["eval_image_hw"]
         model.backbone = StubBackbone(self.features("eval"))
-        size = self.about["eval_image_hw"]
-        with torch.no_grad():
-            result = model([{"image": pattern_image(0, *size)}])[0]["instances"]
-        prefix = f"{self.name}/eval/student/result_"
-        boxes, scores, classes = (self.data[prefix + k] for k in ("boxes", "scores", "classes"))
-        found = result.pred_boxes.tensor
-        torch.testing.assert_close(found, boxes.to(found.dtype), rtol=1e-5, atol=1e-3)
-        torch.testing.assert_close(result.scores, scores.double(), rtol=1e-5, atol=1e-6)
-        assert torch.equal(result.pred_classes, classes.long())
+        with torch.no_grad(), patch.object(model, "inference", wraps=model.inference) as inference:
+            results = model([{"image": pattern_image(0, *size)}])
+        entries = Entries(self.arrays, f"{self.name}/eval/student/")
+        _check_detections(inference.call_args.args[0], results, entries)
+
+    def check_branches(self) -> None:
+        """The detections of every branch on one image with ground truth."""
+        model, inputs = self.model.eval(), self.training_inputs()[:1]
+        model.backbone = StubBackbone(self.features("eval"))
+        kinds = self.branch_kinds()
+        with torch.no_grad(), patch.object(model, "inference", wraps=model.inference) as inference:
+            detected = model.detect_branches(inputs, kinds)
+        entries = Entries(self.arrays, f"{self.name}/eval/")
+        predictions = [call.args[0] for call in inference.call_args_list]
+        for branch, found in zip(detected, predictions, strict=True):
+            of_branch = Entries(entries.group(kinds[branch]), "")
+            _check_detections(found, detected[branch], of_branch)
+        entries.finish()
+
+
+def _check_detections(predictions, results: list[dict], entries: Entries) -> None:
+    """The last layer's predictions on one image, and what was made of them."""
+    for kind in ("logits", "boxes"):
+        expected = entries.take_if_recorded(f"pred_{kind}")
+        if expected is not None:
+            matches(getattr(predictions, kind)[-1, 0], expected, name=kind)
+    (result,) = results
+    found = result["instances"]
+    matches(found.pred_boxes.tensor, entries.take("result_boxes"), name="boxes")
+    matches(found.scores, entries.take("result_scores"), name="scores")
+    assert torch.equal(found.pred_classes, entries.take("result_classes"))
+    entries.finish()

@@ -1,10 +1,8 @@
 """Knowledge-sharing encoders: recorded ones, several layers, and what the student may see."""
 
-import json
-
-import numpy as np
 import pytest
 import torch
+from recorded_entries import Recording, matches
 from torch import nn
 
 from detectors.attention import SelfAttention
@@ -56,45 +54,86 @@ def batch_first(kind, tensor):
     return tensor if kind == "deformable" else tensor.transpose(0, 1)
 
 
+@pytest.fixture(scope="module")
+def recording(reference_dir):
+    return Recording(reference_dir / "ks_detr" / "encoder")
+
+
+def sources(weights):
+    """By released key, the keys of this encoder that hold its rows."""
+    marked = {key: torch.full_like(w, i) for i, (key, w) in enumerate(weights.items())}
+    names = list(weights)
+    found = {key: [] for key in names}
+    for key, value in from_released(marked, prefix="").items():
+        found[names[int(value.flatten()[0])]].append(key)
+    return found
+
+
+def check_geometry(inputs, context):
+    """What the encoder works out itself of shapes and padding; then it takes what is recorded.
+
+    It does so in float32, as the release did: one rounding apart, outputs would differ by 1e-6.
+    """
+    shapes = inputs.pop("spatial_shapes")
+    assert shapes.tolist() == [list(shape) for shape in context.features.spatial_shapes]
+    areas = shapes.prod(dim=1)
+    assert torch.equal(inputs.pop("level_start_index"), areas.cumsum(0) - areas)
+    matches(context.grid.valid_ratios, inputs.pop("valid_ratios"))
+    points = inputs.pop("reference_points")
+    matches(context.grid.reference_points, points)
+    object.__setattr__(context.grid, "reference_points", points)
+
+
+def check_gradients(encoder, inputs, recorded, norms, weights):
+    """Of everything the norm, of the inputs and the last attention's parameters all values."""
+    found = inputs | {name: parameter.grad for name, parameter in encoder.named_parameters()}
+    rows = sources(weights) | {name: [name] for name in inputs}
+    assert sorted(found) == sorted(name for key in norms for name in rows[key])
+    for key, norm in norms.items():
+        gradient = torch.cat([found[name] for name in rows[key]])
+        assert gradient.norm().item() == pytest.approx(norm, rel=1e-6), key
+    for key, values in recorded.items():
+        matches(torch.cat([found[name] for name in rows[key]]), values, name=key)
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_recorded_encoders(case, reference_dir, monkeypatch):
-    arrays = np.load(reference_dir / "ks_detr" / "encoder.npz")
-    record = json.loads((reference_dir / "ks_detr" / "encoder.json").read_text())["cases"][case]
-
-    def group(name):
-        prefix = f"{case}/{name}/"
-        found = {k[len(prefix) :]: arrays[k] for k in arrays.files if k.startswith(prefix)}
-        return {key: torch.from_numpy(value) for key, value in found.items()}
-
+def test_all_that_is_recorded(case, recording, monkeypatch):
+    entries, facts = recording.entries(case), recording.cases[case]
     encoder = share_knowledge(make_encoder(case), CASES[case]).double()
-    encoder.load_state_dict(from_released(group("w"), prefix=""))
-    inputs = group("in")
-    x, pos = (batch_first(case, inputs[key].double()).requires_grad_() for key in ("x", "pos"))
-    monkeypatch.setattr(teacher, "foreground_mask", lambda *_: inputs["fg_mask"].T.bool())
+    weights, inputs = entries.group("w"), entries.group("in")
+    encoder.load_state_dict(from_released(weights, prefix=""))
+    assert set(facts["state_dict_keys"]) == weights.keys()
+    x, pos = (batch_first(case, inputs.pop(key)).requires_grad_() for key in ("x", "pos"))
+    foreground, padding = inputs.pop("fg_mask").T, inputs.pop("key_padding_mask")
+    monkeypatch.setattr(teacher, "foreground_mask", lambda *_: foreground)
+    seen = {}
+    encoder.layers[0].register_forward_hook(lambda _, given, out: seen.update(layer0=out))
+    if case == "deformable":
+        encoder.layers[0].register_forward_pre_hook(
+            lambda _, given: check_geometry(inputs, given[1])
+        )
     shapes = SHAPES if case == "deformable" else ((4, 5),)
-    features = feature_maps(x, pos, inputs["key_padding_mask"].bool(), shapes)
-    memory = encoder(features, targets=[])
-    names = ["student", "teacher1", "teacher2"][: len(memory.branches)]
+    memory = encoder(feature_maps(x, pos, padding, shapes), targets=[])
+    assert not inputs
+    names = facts["outputs"]
     assert [branch.name for branch in memory.branches] == ["student", *CASES[case]]
-    expected, cotangents = group("out"), group("cotangent")
-    reference = torch.cat([batch_first(case, expected[name]) for name in names]).double()
-    torch.testing.assert_close(memory.tokens, reference, rtol=1e-5, atol=1e-5)
+    found = dict(zip(names, memory.tokens.chunk(len(names)), strict=True)) | seen
+    expected = entries.group("out")
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        matches(found[name], batch_first(case, value), name=name)
 
-    cotangent = torch.cat([batch_first(case, cotangents[name]) for name in names])
-    memory.tokens.backward(cotangent.double())
-    gradients = group("grad")
-    close = {"rtol": 1e-5, "atol": 2e-5}
-    for key, ours in (("x", x.grad), ("pos", pos.grad)):
-        expected = batch_first(case, gradients.pop(key)).double()
-        torch.testing.assert_close(ours, expected, **close)
-    ours = {key: p.grad for key, p in encoder.named_parameters()}
-    stored = from_released(group("w") | gradients, prefix="")
-    for key in stored.keys() & ours.keys():
-        if key in gradients or "teacher" in key:
-            torch.testing.assert_close(ours[key], stored[key].double(), **close)
-    for key, norm in record["gradient_norms"].items():
-        if key in ours and "in_proj" not in key:  # whose rows are packed otherwise
-            assert ours[key].norm().item() == pytest.approx(norm, rel=1e-6), key
+    cotangents = entries.group("cotangent")
+    memory.tokens.backward(torch.cat([batch_first(case, cotangents.pop(name)) for name in names]))
+    assert not cotangents
+    inputs = {"x": batch_first(case, x.grad), "pos": batch_first(case, pos.grad)}
+    gradients = entries.group("grad")
+    check_gradients(encoder, inputs, gradients, facts["gradient_norms"], weights)
+    entries.finish()
+
+
+def test_no_recorded_encoder_is_left_out(recording):
+    assert recording.cases.keys() == {key.split("/")[0] for key in recording.arrays} == set(CASES)
 
 
 def attention(query, key, value, heads, padding):

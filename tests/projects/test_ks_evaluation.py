@@ -9,7 +9,6 @@ from tiny_detectors import (
     ROOT,
     SETTINGS,
     StridedBackbone,
-    StubBackbone,
     build_conditional,
     instances,
     pattern_image,
@@ -20,21 +19,7 @@ from projects.ks_detr.encoder import share_knowledge
 
 @pytest.mark.parametrize("case", CASES)
 def test_recorded_detections_of_every_branch(case, reference_dir):
-    recorded = RecordedModel(reference_dir / "ks_detr", case)
-    model = recorded.model.eval()
-    model.backbone = StubBackbone(recorded.features("eval"))
-    image = recorded.training_inputs()[0]
-    with torch.no_grad():
-        detected = model.detect_branches([image], model.branch_names)
-    for number, results in enumerate(detected.values()):  # the student, then its teachers
-        found = results[0]["instances"]
-        prefix = f"{case}/eval/{f'teacher{number}' if number else 'student'}/result_"
-        boxes, scores, classes = (
-            recorded.data[prefix + kind] for kind in ("boxes", "scores", "classes")
-        )
-        torch.testing.assert_close(found.pred_boxes.tensor, boxes.float(), rtol=1e-5, atol=1e-3)
-        torch.testing.assert_close(found.scores, scores.double(), rtol=1e-5, atol=1e-6)
-        assert torch.equal(found.pred_classes, classes.long())
+    RecordedModel(reference_dir / "ks_detr", case).check_branches()
 
 
 def tiny(**options):
