@@ -54,6 +54,9 @@ class Detector(nn.Module):
             with cross entropy every query is one.
         mask_padding_at_inference: mask padded cells as training does. detrex does not, so that its
             results depend on the other images of a batch; False reproduces its numbers.
+        separate_at_inference: let images of different sizes pass backbone and neck one by one where
+            padding is masked: through convolutions and norms it would reach their cells. The
+            detectors' authors mask it in the attention alone.
         size_divisibility: heights and widths are padded to multiples of it; 0 for no such rule.
     """
 
@@ -76,6 +79,7 @@ class Detector(nn.Module):
         pixel_std: Sequence[float] = (58.395, 57.120, 57.375),
         select_box_nums_for_evaluation: int = 300,
         mask_padding_at_inference: bool = True,
+        separate_at_inference: bool = True,
         size_divisibility: int = 0,
     ):
         super().__init__()
@@ -91,6 +95,7 @@ class Detector(nn.Module):
         self.aux_loss = aux_loss
         self.select_box_nums_for_evaluation = select_box_nums_for_evaluation
         self.mask_padding_at_inference = mask_padding_at_inference
+        self.separate_at_inference = separate_at_inference
         self.size_divisibility = size_divisibility
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(3, 1, 1), persistent=False)
@@ -190,13 +195,9 @@ class Detector(nn.Module):
         return targets
 
     def extract(self, images: ImageList) -> FeatureMaps:
-        """Backbone, projection to the transformer's width, padding masks and positions.
-
-        In evaluation images of different sizes pass the backbone one by one: through convolutions
-        and norms padding would reach their cells.
-        """
+        """Backbone, projection to the transformer's width, padding masks and positions."""
         padding = self._padding(images)
-        if padding is None or self.training:
+        if padding is None or self.training or not self.separate_at_inference:
             levels, masks = self._levels(images)
         else:
             levels, masks = self._levels_of_each(images)

@@ -56,6 +56,7 @@ class Distiller(nn.Module):
                 f"the teacher {teacher.num_classes}: expected the same"
             )
         self.student = student
+        teacher.separate_at_inference = False  # it sees a batch as the student does
         self._outside = (teacher.requires_grad_(False).eval(),)  # a tuple registers nothing
         self.training_parts = nn.ModuleDict({"objectives": nn.ModuleList(objectives)})
         if any(objective.needs_group for objective in objectives):
