@@ -6,7 +6,7 @@ import itertools
 import re
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib
@@ -26,7 +26,8 @@ DPI = 110
 COLOURS = [f"C{index}" for index in range(10)]
 STYLES = ("-", "-.", ":")  # one for each ten colours
 OUTSIDE_STYLES = ("--", ":", "-.")
-BRANCHES = {"student": "C0", "share_v": "C1", "share_a": "C2"}
+STUDENT = "student"
+TEACHERS = {"share_v": "C1", "share_a": "C2"}
 
 
 def draw(preset: Preset, results: Results, folder: Path) -> dict[str, str | None]:
@@ -47,7 +48,7 @@ def draw(preset: Preset, results: Results, folder: Path) -> dict[str, str | None
             name = f"ap_{re.sub('[^a-z0-9]+', '_', group.lower()).strip('_')}.png"
             _save(_draw_precision(preset, cells, results.curves), folder / name)
             pictures[name] = group
-    branched = {row.cell for row in results.curves if row.branch not in ("", "student")}
+    branched = {row.cell for row in results.curves if row.branch in TEACHERS}
     cells = [cell for cell in preset.cells if cell.name in branched]
     if cells:
         _save(_draw_branches(cells, results.curves), folder / "branches.png")
@@ -135,8 +136,19 @@ def _from_zero(every: Iterable[Axes]) -> None:
         axes.grid(alpha=0.3)
 
 
+def above_student(curves: Sequence[CurveRow]) -> list[CurveRow]:
+    """The teachers' rows, with what their AP is above that of the student of the same weights."""
+    students = {(row.cell, row.seed, row.iteration): row for row in curves if row.branch == STUDENT}
+    found = []
+    for row in curves:
+        student = students.get((row.cell, row.seed, row.iteration))
+        if row.branch in TEACHERS and student is not None:
+            found.append(replace(row, AP=row.AP - student.AP, AP50=row.AP50 - student.AP50))
+    return found
+
+
 def _draw_branches(cells: Sequence[Cell], curves: Sequence[CurveRow]) -> Figure:
-    """A panel for each cell whose branches were evaluated."""
+    """A panel for each cell whose teachers were evaluated: how far they are above the student."""
     columns = min(3, len(cells))
     lines = -(-len(cells) // columns)
     figure, axes = plt.subplots(
@@ -147,24 +159,26 @@ def _draw_branches(cells: Sequence[Cell], curves: Sequence[CurveRow]) -> Figure:
         squeeze=False,
         layout="constrained",
     )
+    gaps = above_student(curves)
     for place, cell in zip(axes.flat, cells, strict=False):
-        for branch, colour in BRANCHES.items():
-            found = band(curves, cell.name, branch)
+        for branch, colour in TEACHERS.items():
+            found = band(gaps, cell.name, branch)
             if found.iterations:
                 _draw_band(place, found.iterations, found, (colour, "-"), branch)
-        place.set_title(cell.title, fontsize="medium")
-        place.set_xlabel("iteration")
-    _from_zero(axes.flat[: len(cells)])
+        place.set(title=cell.title, xlabel="iteration")
+        place.axhline(0, color="black", linewidth=0.8)
+        place.set_xlim(left=0)
+        place.grid(alpha=0.3)
     for place in axes.flat[len(cells) :]:
         place.set_axis_off()
     for place in axes[:, 0]:
-        place.set_ylabel("AP")
+        place.set_ylabel("AP above the student's")
     handles = {
         label: handle
         for place in axes.flat
         for handle, label in zip(*place.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2)
     return figure
 
 

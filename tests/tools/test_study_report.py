@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from study_cases import cell, preset, row
 
-from tools.study_plots import band
+from tools.study_plots import above_student, band
 from tools.study_report import write_report
 from tools.study_results import CurveRow, Results
 
@@ -133,3 +133,16 @@ def test_a_band_is_over_the_seeds():
     assert (found.mean, found.low, found.high) == ([2.0, 4.0], [1.0, 4.0], [3.0, 4.0])
     assert band(rows, "m", "share_v").mean == [50.0]
     assert band(rows, "absent").iterations == []
+
+
+def test_teachers_stand_beside_the_student_of_the_same_weights():
+    rows = [
+        *(curve("m", 0, 10, 5.0, "student"), curve("m", 0, 10, 7.0, "share_v")),
+        *(curve("m", 1, 10, 8.0, "student"), curve("m", 1, 10, 7.0, "share_v")),
+        *(curve("m", 0, 10, 5.0), curve("m", 0, 20, 9.0, "share_a")),
+    ]
+    found = above_student(rows)
+    assert [(row.branch, row.seed, row.AP) for row in found] == [
+        ("share_v", 0, 2.0),
+        ("share_v", 1, -1.0),
+    ]
