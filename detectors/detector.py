@@ -198,7 +198,7 @@ class Detector(nn.Module):
         """Backbone, projection to the transformer's width, padding masks and positions."""
         padding = self._padding(images)
         if padding is None or self.training or not self.separate_at_inference:
-            levels, masks = self._levels(images)
+            levels, masks = self._levels(images, padding)
         else:
             levels, masks = self._levels_of_each(images)
         positions = tuple(
@@ -213,10 +213,11 @@ class Detector(nn.Module):
             (images.tensor.shape[-2], images.tensor.shape[-1]),
         )
 
-    def _levels(self, images: ImageList) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+    def _levels(
+        self, images: ImageList, padding: Tensor | None
+    ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
         """V maps (B, C, H, W) and their padding masks (B, H, W)."""
         levels = tuple(self.project(self.backbone(laid_out(images.tensor))))
-        padding = self._padding(images)
         masks = [
             no_padding(level) if padding is None else resize_mask(padding, level)
             for level in levels
@@ -225,10 +226,11 @@ class Detector(nn.Module):
 
     def _levels_of_each(self, images: ImageList) -> tuple[tuple[Tensor, ...], list[Tensor]]:
         """The same, each image's as it is alone, then padded."""
-        alone = [
-            self._levels(ImageList.from_tensors([images[row]], self.size_divisibility))
+        singles = [
+            ImageList.from_tensors([images[row]], self.size_divisibility)
             for row in range(len(images))
         ]
+        alone = [self._levels(single, self._padding(single)) for single in singles]
         levels = zip(*(levels for levels, _ in alone), strict=True)
         masks = zip(*(masks for _, masks in alone), strict=True)
         return tuple(stack_padded(x, 0.0) for x in levels), [stack_padded(x, True) for x in masks]

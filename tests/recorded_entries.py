@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from projects.ks_detr.checkpoint import from_released
 
@@ -83,3 +83,19 @@ def matches(found: Tensor, expected: Tensor, *, atol: float = 1e-9, name: str = 
     torch.testing.assert_close(
         found.double(), expected.double(), rtol=1e-5, atol=atol, msg=lambda text: f"{name}: {text}"
     )
+
+
+def check_gradients(module: nn.Module, entries: Entries, inputs: dict[str, Tensor]) -> None:
+    """Compare all recorded gradients: of the inputs, named and laid out alike, and the parameters.
+
+    Nothing else may be left of the entries.
+    """
+    recorded = entries.group("grad")
+    for name, gradient in inputs.items():
+        matches(gradient, recorded.pop(name), name=name)
+    expected = our_attention(recorded)
+    found = {name: parameter.grad for name, parameter in module.named_parameters()}
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        matches(found[name], gradient, name=name)
+    entries.finish()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from recorded_entries import Recording, matches, our_attention
+from recorded_entries import Recording, check_gradients, matches, our_attention
 
 from detectors.attention import SelfAttention
 from detectors.structures import EncoderContext, FeatureMaps
@@ -96,15 +96,8 @@ def test_all_that_is_recorded(case, recording, monkeypatch):
     for name, branch in branches.items():
         check_branch(entries, facts, name, module, tokens, branch, cotangents[name])
     output.backward(torch.cat([cotangents[name] for name in names]))
-    gradients = entries.group("grad")
-    matches(tokens.grad.transpose(0, 1), gradients.pop("x"))
-    matches(positions.grad.transpose(0, 1), gradients.pop("pos"))
-    found = {name: parameter.grad for name, parameter in module.named_parameters()}
-    gradients = our_attention(gradients)
-    assert found.keys() == gradients.keys()
-    for name, gradient in gradients.items():
-        matches(found[name], gradient, name=name)
-    entries.finish()
+    inputs = {"x": tokens.grad.transpose(0, 1), "pos": positions.grad.transpose(0, 1)}
+    check_gradients(module, entries, inputs)
 
 
 def test_foreground_mlp_alone(recording):

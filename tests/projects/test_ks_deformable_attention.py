@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from recorded_entries import Recording, matches, our_attention
+from recorded_entries import Recording, check_gradients, matches, our_attention
 from torch import nn
 
 from detectors.deformable_attention import DeformableSelfAttention
@@ -100,15 +100,8 @@ def test_all_that_is_recorded(reference_dir, monkeypatch):
         silent = facts["zero_gradient_tensors_per_branch"][name]
         check_branch(entries, silent, name, module, tokens, branch, cotangents[name])
     output.backward(torch.cat([cotangents[name] for name in names]))
-    gradients = entries.group("grad")
-    matches(tokens.grad, gradients.pop("x"))
-    matches(positions.grad, gradients.pop("pos"))
-    found = {name: parameter.grad for name, parameter in module.named_parameters()}
-    gradients = our_attention(gradients)
-    assert found.keys() == gradients.keys()
-    for name, gradient in gradients.items():
-        matches(found[name], gradient, name=name)
-    entries.finish()
+    inputs = {"x": tokens.grad, "pos": positions.grad}
+    check_gradients(module, entries, inputs)
 
 
 def random_inputs(seed=0, batch=2, dim=32):
