@@ -76,7 +76,7 @@ class Decoder(nn.Module):
 
 
 def checkpoint_wide(module: nn.Module, again: bool) -> None:
-    """Say whether hidden layers and sampled values in a module are computed again."""
+    """Say whether hidden layers in a module, and what attention samples, are computed again."""
     checkpoint_feedforward(module, again)
     for attention in module.modules():
         if isinstance(attention, ops.MultiScaleDeformableAttention):

@@ -18,6 +18,8 @@ from .dropout import dropout_add
 class MultiScaleDeformableAttention(nn.Module):
     """Multi-scale deformable attention with its projections (Deformable DETR, Eq. 3).
 
+    Few queries on a CPU sample the value before it is projected, see :func:`samples_first`.
+
     Args:
         embed_dim: C, the width of queries and values.
         num_heads: H, a divisor of C.
@@ -28,8 +30,9 @@ class MultiScaleDeformableAttention(nn.Module):
         batch_first: whether tokens come as (B, N, C) or, as detrex's default, as (N, B, C).
 
     Attributes:
-        checkpoint_value: in training, keep the projected value no longer than the forward pass
-            takes and project it again in the backward pass: less memory for more time.
+        checkpoint_value: in training, keep the projected value, or what is sampled to be projected,
+            no longer than the forward pass takes and make it again in the backward pass: less
+            memory for more time.
     """
 
     checkpoint_value = False
@@ -117,19 +120,19 @@ class MultiScaleDeformableAttention(nn.Module):
             raise ValueError(f"{missing} is None, expected one entry for each of the levels")
         locations = self.sampling_locations(query, reference_points, spatial_shapes)
         inputs = value, key_padding_mask, spatial_shapes, locations, self.sampling_weights(query)
+        first = samples_first(value, locations)
+        sample = self._sample_then_project if first else self._project_then_sample
         if self.checkpoint_value and self.training:
             # without randomness: there is no state to set back
-            output = checkpoint(
-                self._sample, *inputs, use_reentrant=False, preserve_rng_state=False
-            )
+            output = checkpoint(sample, *inputs, use_reentrant=False, preserve_rng_state=False)
         else:
-            output = self._sample(*inputs)
+            output = sample(*inputs)
         output = self.output_proj(output)
         if not self.batch_first:
             output = output.transpose(0, 1)
         return dropout_add(output, identity, self.dropout.p, self.dropout.training)
 
-    def _sample(
+    def _project_then_sample(
         self,
         value: Tensor,
         key_padding_mask: Tensor | None,
@@ -140,14 +143,41 @@ class MultiScaleDeformableAttention(nn.Module):
         value = self.project_value(value, key_padding_mask)
         return multi_scale_deformable_attention(value, spatial_shapes, locations, weights)
 
+    def _sample_then_project(
+        self,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        spatial_shapes: Sizes,
+        locations: Tensor,
+        weights: Tensor,
+    ) -> Tensor:
+        """The same, as sums and projection commute; the bias counts as often as there is a value.
+
+        Every head samples all channels, as if it were a query of its own.
+        """
+        present = value.new_ones(*value.shape[:2], 1, 1)
+        if key_padding_mask is not None:
+            _match_padding(key_padding_mask, value)
+            value = value.masked_fill(key_padding_mask[..., None], 0)
+            present = present.masked_fill_(key_padding_mask[..., None, None], 0)
+        points = locations.flatten(1, 2).unsqueeze(2), weights.flatten(1, 2).unsqueeze(2)
+        samples = multi_scale_deformable_attention(value.unsqueeze(2), spatial_shapes, *points)
+        counts = multi_scale_deformable_attention(present, spatial_shapes, *points)
+        samples = samples.unflatten(1, (-1, self.num_heads)).flatten(0, 1)  # (B * N, H, C)
+        weight = self.value_proj.weight.unflatten(0, (self.num_heads, -1))  # (H, D, C)
+        output = torch.matmul(samples.transpose(0, 1), weight.transpose(1, 2))  # (H, B * N, D)
+        output = output.transpose(0, 1).flatten(1).unflatten(0, (-1, locations.shape[1]))
+        counts = counts.unflatten(1, (-1, self.num_heads))  # (B, N, H, 1)
+        bias = self.value_proj.bias.unflatten(0, (self.num_heads, -1))  # (H, D)
+        return output + (counts * bias).flatten(2).to(output.dtype)
+
     def project_value(
         self, value: Tensor, key_padding_mask: Tensor | None, layer: nn.Module | None = None
     ) -> Tensor:
         """(B, S, H, D) of (B, S, C), zero on padding; ``layer`` stands in for ``value_proj``."""
         value = (layer or self.value_proj)(value)
         if key_padding_mask is not None:
-            sizes = {"B": value.shape[0], "S": value.shape[1]}
-            match_shape("key_padding_mask", key_padding_mask, "B S", sizes)
+            _match_padding(key_padding_mask, value)
             # in place: no gradient needs what is overwritten
             value = value.masked_fill_(key_padding_mask[..., None], 0)
         return value.unflatten(-1, (self.num_heads, -1))
@@ -185,3 +215,26 @@ class MultiScaleDeformableAttention(nn.Module):
         """Weights (B, N, H, V, P) of queries (B, N, C), or those of another layer's logits."""
         logits = (layer or self.attention_weights)(query).unflatten(-1, (self.num_heads, -1))
         return logits.softmax(-1).unflatten(-1, (self.num_levels, self.num_points))
+
+
+def samples_first(value: Tensor, locations: Tensor) -> bool:
+    """Whether sampling all channels for each head is cheaper than projecting all tokens.
+
+    Projecting takes S * C * C products and keeps S * C numbers for the backward pass; sampling
+    takes N * H * V * P * 4 * C products from scattered rows, each as long as three or four in a
+    matrix product on a CPU. Elsewhere products are too cheap for this. What is traced projects, as
+    sizes may change later.
+
+    Args:
+        value: (B, S, C), not projected.
+        locations: (B, N, H, V, P, 2).
+    """
+    if value.device.type != "cpu" or torch.jit.is_tracing():
+        return False
+    corners = 4 * math.prod(locations.shape[1:5])
+    return 4 * corners <= value.shape[1] * value.shape[2]
+
+
+def _match_padding(key_padding_mask: Tensor, value: Tensor) -> None:
+    sizes = {"B": value.shape[0], "S": value.shape[1]}
+    match_shape("key_padding_mask", key_padding_mask, "B S", sizes)

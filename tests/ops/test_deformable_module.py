@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from recorded_cases import close
@@ -19,8 +22,16 @@ CASES = [
 ]
 
 
+@pytest.fixture(params=["project first", "sample first"])
+def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What the layer does first, on input of any size."""
+    first = request.param == "sample first"
+    monkeypatch.setattr(ops.deformable_module, "samples_first", lambda *_: first)
+    return request.param
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_recorded_outputs_and_gradients(layer_cases, backend: str, case: str) -> None:
+def test_recorded_outputs_and_gradients(layer_cases, backend: str, order: str, case: str) -> None:
     layer = ops.MultiScaleDeformableAttention(**layer_cases.facts[case]["constructor"])
     layer_cases.check_module(case, layer)
 
@@ -55,7 +66,7 @@ def call(layer: torch.nn.Module, images=2, queries=6, **options) -> Tensor:
 
 
 @pytest.fixture
-def layer() -> ops.MultiScaleDeformableAttention:
+def layer(order: str) -> ops.MultiScaleDeformableAttention:
     torch.manual_seed(0)
     layer = ops.MultiScaleDeformableAttention(16, 2, 2, 3, dropout=0.0, batch_first=True)
     for parameter in layer.parameters():
@@ -124,22 +135,64 @@ def test_a_value_that_is_projected_again_is_the_same(layer) -> None:
     value = torch.randn(2, 47, 16, dtype=torch.float64, requires_grad=True)
     mask = torch.zeros(2, 47, dtype=torch.bool)
     mask[1, 20:] = True
-    results, sizes = [], []
+    results, kept = [], []
     for layer.checkpoint_value in (False, True):
-        kept: dict[int, Tensor] = {}
-
-        def note(tensor: Tensor, kept: dict[int, Tensor] = kept) -> Tensor:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        with kept_bytes(value) as count:
             output = call(layer, value=value, key_padding_mask=mask)
-        sizes.append(sum(tensor.untyped_storage().nbytes() for tensor in kept.values()))
+        kept.append(count())
         inputs = [value, *layer.parameters()]
         results.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
     torch.testing.assert_close(*results, rtol=1e-14, atol=1e-14)
-    assert sizes[0] - sizes[1] >= value.untyped_storage().nbytes()
+    assert kept[0] - kept[1] >= value.untyped_storage().nbytes()
     assert torch.equal(call(layer.eval(), value=value, key_padding_mask=mask), results[0][0])
+
+
+@contextmanager
+def kept_bytes(known: Tensor) -> Iterator[Callable[[], int]]:
+    """Yield what tells how much memory the block kept for its backward pass beside ``known``."""
+    kept: dict[int, Tensor] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        yield lambda: sum(
+            tensor.untyped_storage().nbytes()
+            for place, tensor in kept.items()
+            if place != known.untyped_storage().data_ptr()
+        )
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_few_queries_sample_first(masked: bool) -> None:
+    """The order is chosen by size alone, and results do not tell which one it was."""
+    torch.manual_seed(0)
+    layer = ops.MultiScaleDeformableAttention(32, 4, 2, 2, dropout=0.0, batch_first=True).double()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    value = torch.randn(2, 400, 32, dtype=torch.float64, requires_grad=True)
+    queries = torch.randn(2, 51, 32, dtype=torch.float64, requires_grad=True)
+    references = torch.rand(2, 51, 2, 2, dtype=torch.float64) * 1.2 - 0.1
+    padding = {"key_padding_mask": torch.rand(2, 400) < 0.3} if masked else {}
+    outputs = [
+        layer(
+            queries[:, :count],
+            value=value,
+            reference_points=references[:, :count],
+            spatial_shapes=((16, 20), (8, 10)),
+            **padding,
+        )
+        for count in (50, 51)
+    ]
+    # a query has 16 points of 4 corners each: 50 * 64 is a quarter of 400 * 32
+    locations = torch.empty(2, 51, 4, 2, 2, 2)
+    assert ops.deformable_module.samples_first(value, locations[:, :50])
+    assert not ops.deformable_module.samples_first(value, locations)
+    torch.testing.assert_close(outputs[0], outputs[1][:, :50], rtol=1e-12, atol=1e-12)
+    inputs = [queries, value, *layer.parameters()]
+    grads = [torch.autograd.grad(o[:, :50].square().sum(), inputs) for o in outputs]
+    torch.testing.assert_close(*grads, rtol=1e-11, atol=1e-11)
 
 
 def test_compiles_without_a_graph_break(layer) -> None:
