@@ -6,6 +6,7 @@ dropout floating-point noise and what it multiplies besides.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -52,6 +53,8 @@ def _of_one_width(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | N
 
 
 class _Attention(torch.autograd.Function):
+    """A few images at a time, so that their weights stay in the cache between passes."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -61,22 +64,42 @@ class _Attention(torch.autograd.Function):
         allowed: Tensor | None,
         dropout_p: float,
     ) -> Tensor:
-        seed = draw_seed()
-        ctx.save_for_backward(query, key, value, seed, allowed)
+        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        parts = _parts(query, key)
+        seeds = [draw_seed() for _ in parts]
+        for part, seed in zip(parts, seeds, strict=True):
+            weights = _weights(query[part], key[part], _rows(allowed, part))
+            torch.matmul(drop_(weights, dropout_p, seed), value[part], out=output[part])
+        ctx.save_for_backward(query, key, value, allowed, *seeds)
         ctx.dropout_p = dropout_p
-        return drop_(_weights(query, key, allowed), dropout_p, seed) @ value
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, seed, allowed = ctx.saved_tensors
-        weights = _weights(query, key, allowed)
-        dropped = dropout_add(weights, None, ctx.dropout_p, seed=seed)
-        grad_value = dropped.transpose(-2, -1) @ grad
-        grad_weights = drop_(grad @ value.transpose(-2, -1), ctx.dropout_p, seed)
-        grad_logits = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-        grad_logits = grad_logits * query.shape[-1] ** -0.5
-        grad_key = grad_logits.transpose(-2, -1) @ query
-        return grad_logits @ key, grad_key, grad_value, None, None
+        query, key, value, allowed, *seeds = ctx.saved_tensors
+        grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
+        for part, seed in zip(_parts(query, key), seeds, strict=True):
+            weights = _weights(query[part], key[part], _rows(allowed, part))
+            results = [tensor[part] for tensor in grads]
+            inputs = query[part], key[part], value[part]
+            _differentiate(grad[part], inputs, weights, ctx.dropout_p, seed, results)
+        return *grads, None, None
+
+
+WEIGHTS_AT_ONCE = 2**20
+"""How many attention weights are made at once; a single image's may be more."""
+
+
+def _parts(query: Tensor, key: Tensor) -> list[slice]:
+    """The batch in parts of as many images as are treated at once."""
+    images, heads, queries, _ = query.shape
+    step = max(1, WEIGHTS_AT_ONCE // max(1, heads * queries * key.shape[2]))
+    return [slice(start, start + step) for start in range(0, images, step)]
+
+
+def _rows(allowed: Tensor | None, part: slice) -> Tensor | None:
+    shared = allowed is None or allowed.dim() < 4 or allowed.shape[0] == 1
+    return allowed if shared else allowed[part]  # type: ignore[index]
 
 
 def _weights(query: Tensor, key: Tensor, allowed: Tensor | None) -> Tensor:
@@ -84,6 +107,26 @@ def _weights(query: Tensor, key: Tensor, allowed: Tensor | None) -> Tensor:
     if allowed is not None:
         logits = logits.masked_fill_(~allowed, float("-inf"))
     return logits.softmax(-1)
+
+
+def _differentiate(
+    grad: Tensor,
+    inputs: Sequence[Tensor],
+    weights: Tensor,
+    dropout_p: float,
+    seed: Tensor,
+    results: Sequence[Tensor],
+) -> None:
+    """Write the gradients of query, key and value into ``results``."""
+    query, key, value = inputs
+    grad_query, grad_key, grad_value = results
+    dropped = dropout_add(weights, None, dropout_p, seed=seed)
+    torch.matmul(dropped.transpose(-2, -1), grad, out=grad_value)
+    grad_weights = drop_(grad @ value.transpose(-2, -1), dropout_p, seed)
+    grad_logits = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+    grad_logits *= query.shape[-1] ** -0.5
+    torch.matmul(grad_logits, key, out=grad_query)
+    torch.matmul(grad_logits.transpose(-2, -1), query, out=grad_key)
 
 
 class ReLUDropout(nn.Module):

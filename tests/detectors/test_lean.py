@@ -5,45 +5,49 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from detectors import lean
 from detectors.lean import ReLUDropout, _ReLUDropout, lean_attention
 
 
-def drawn(shape, p):
-    """The elements that the next draw keeps, as ReLU with dropout shows them."""
+def drawn(shape, p, rows=None):
+    """What the next draws keep, each of some rows, as ReLU with dropout shows it."""
     torch.manual_seed(0)
-    kept = ReLUDropout(p).train()(torch.ones(shape)) > 0
+    parts = torch.ones(shape).split(rows or shape[0])
+    kept = torch.cat([ReLUDropout(p).train()(part) > 0 for part in parts])
     torch.manual_seed(0)
     return kept
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.tuples(*[st.integers(1, 4)] * 6), st.sampled_from([0.0, 0.1, 0.5]), st.booleans())
-def test_attention_is_the_formula(sizes, p, masked):
+@given(
+    st.tuples(*[st.integers(1, 4)] * 6),
+    st.sampled_from([0.0, 0.1, 0.5]),
+    st.sampled_from([None, "shared", "own"]),
+    st.integers(1, 4),
+)
+def test_attention_is_the_formula(sizes, p, mask, at_once):
     batch, heads, queries, keys, width, channels = sizes
     torch.manual_seed(1)
     query, key, value = (
         torch.randn(batch, heads, *shape, dtype=torch.float64, requires_grad=True)
         for shape in ((queries, width), (keys, width), (keys, channels))
     )
-    allowed = torch.rand(batch, 1, 1, keys) > 0.5 if masked else None
-    if masked:
-        allowed[..., 0] = True
-    kept = drawn((batch, heads, queries, keys), p)
-    found = lean_attention(query, key, value, allowed, p)
+    shapes = {None: (1,), "shared": (queries, keys), "own": (batch, 1, 1, keys)}
+    allowed = torch.rand(shapes[mask]) > 0.5
+    allowed[..., 0] = True
+    kept = drawn((batch, heads, queries, keys), p, at_once)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lean, "WEIGHTS_AT_ONCE", at_once * heads * queries * keys)
+        found = lean_attention(query, key, value, allowed if mask else None, p)
+        cotangent = torch.randn_like(found)
+        gradients = torch.autograd.grad(found, (query, key, value), cotangent)
     logits = torch.einsum("bhnd,bhsd->bhns", query, key) / width**0.5
-    if masked:
-        logits = logits.where(allowed, -torch.inf)
+    logits = logits.where(allowed, -torch.inf)
     weights = logits.softmax(-1) * kept / (1 - p)
     expected = torch.einsum("bhns,bhsc->bhnc", weights, value)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
-    cotangent = torch.randn_like(expected)
-    inputs = query, key, value
-    torch.testing.assert_close(
-        torch.autograd.grad(found, inputs, cotangent),
-        torch.autograd.grad(expected, inputs, cotangent),
-        rtol=1e-9,
-        atol=1e-11,
-    )
+    expected_gradients = torch.autograd.grad(expected, (query, key, value), cotangent)
+    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.7])
