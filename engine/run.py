@@ -39,6 +39,7 @@ from .hooks import (
     StopOnSignal,
     WriterHook,
 )
+from .memory import keep_freed_memory
 from .output import create_output, prepare_output, setup_evaluation, snapshot_writer
 from .trainer import DistillationTrainer, autocast_dtype, student_of
 
@@ -63,6 +64,8 @@ def prepare(config: DictConfig, args: argparse.Namespace, runtime: str = "") -> 
         UserError: the device or a data set is missing, or no checkpoint to resume from is intact.
     """
     config.train.device = resolve_device(config.train.device)
+    if config.train.device == "cpu":
+        keep_freed_memory()
     if "device" in config.model:
         config.model.device = config.train.device
     if "fast_dev_run" in config.train and config.train.fast_dev_run.enabled:

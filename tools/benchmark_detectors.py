@@ -34,6 +34,7 @@ import projects  # first: makes detectron2 importable
 import torch
 
 from engine.errors import UserError, exit_code_of
+from engine.memory import keep_freed_memory
 from ops._library import backend, cpu_capability
 from tools.benchmark_detector_cases import (
     BASELINE,
@@ -205,7 +206,8 @@ def run(args: argparse.Namespace) -> None:
         print("\n".join(names))
         return
     torch.set_num_threads(args.threads)
-    header = describe(args)
+    kept = keep_freed_memory()  # as in training; cases of memory run in other processes
+    header = describe(args) | {"freed memory": "kept" if kept else "as the C library does"}
     print("\n".join(f"{name:14} {value}" for name, value in header.items()), end="\n\n")
     rows: list[Row] = []
     for found in _measure([cases[name] for name in names], args):
