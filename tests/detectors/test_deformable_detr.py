@@ -3,7 +3,9 @@
 import pytest
 import torch
 from detectron2.config import LazyConfig
-from recorded_detectors import RecordedDetector, check_full_size
+from detrex.layers import ShapeSpec
+from detrex.modeling.neck import ChannelMapper
+from recorded_detectors import RecordedDetector, check_full_size, check_settings
 from tiny_deformable import (
     SETTINGS,
     PyramidBackbone,
@@ -16,6 +18,7 @@ from tiny_deformable import (
 from tiny_detectors import ROOT, instances, pattern_image
 
 from detectors.attention import SelfAttention
+from detectors.deformable_attention import DeformableSelfAttention
 from detectors.deformable_detr import DeformableTransformer
 from detectors.structures import AttentionMaps, Queries
 from detectors.transformer import Encoder, EncoderLayer
@@ -89,6 +92,11 @@ FULL_SIZE = [
 @pytest.mark.parametrize("name", FULL_SIZE)
 def test_full_size_keys(name, reference_dir):
     check_full_size(reference_dir, name)
+
+
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_settings(name, reference_dir):
+    check_settings(reference_dir, name)
 
 
 @pytest.mark.parametrize("name", FULL_SIZE)
@@ -239,6 +247,34 @@ def test_one_query_and_one_class(variant):
     item = {"image": image, "instances": instances((64, 96), [[4, 5, 5, 6]], [0])}
     assert all(torch.isfinite(loss) for loss in model.train()([item]).values())
     assert len(model.eval()([{"image": image}])[0]["instances"]) == 1
+
+
+class CoarsestLevel(PyramidBackbone):
+    def forward(self, images):
+        return {"res5": super().forward(images)["res5"]}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_one_level(variant):
+    width, heads = SETTINGS["embed_dim"], SETTINGS["num_heads"]
+    attention = DeformableSelfAttention(width, heads, num_levels=1, dropout=0.0)
+    layer = EncoderLayer(attention, SETTINGS["feedforward_dim"], ffn_dropout=0.0)
+    encoder, options = Encoder(layer, SETTINGS["num_encoder_layers"]), VARIANTS[variant]
+    transformer = DeformableTransformer(
+        encoder,
+        decoder(SETTINGS, num_levels=1),
+        num_levels=1,
+        as_two_stage=options.get("two_stage", False),
+    )
+    channels = {"res5": ShapeSpec(channels=SETTINGS["c5"])}
+    neck = ChannelMapper(channels, ["res5"], width, kernel_size=1, num_outs=1)
+    model = tiny_detector(**options, transformer=transformer, neck=neck)
+    model.backbone = CoarsestLevel()
+    losses = model.train()(batch())
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in model.parameters())
+    check_single_results(model.eval())
 
 
 def test_more_queries_than_tokens():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from detectron2.config import LazyConfig
-from recorded_detectors import RecordedDetector, check_full_size
+from recorded_detectors import RecordedDetector, check_full_size, check_settings
 from tiny_deformable import (
     SETTINGS,
     PyramidBackbone,
@@ -92,6 +92,10 @@ def test_training_steps(recorded, detector):
 
 def test_full_size_keys(reference_dir):
     check_full_size(reference_dir, "dn_deformable_detr_r50_50ep")
+
+
+def test_settings(reference_dir):
+    check_settings(reference_dir, "dn_deformable_detr_r50_50ep")
 
 
 def test_initialisation(reference_dir):

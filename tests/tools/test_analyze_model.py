@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from detectron2.config import LazyConfig, instantiate
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
@@ -90,6 +91,26 @@ def test_the_table_goes_as_deep_as_asked() -> None:
     assert [row.split()[0] for row in rows] == ["Whole", "block"]
     assert rows[0].split()[1:3] == ["0.003", "0.003"]
     assert len(table(model, flops, 2).splitlines()) == 2 + 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "millions", "giga", "tolerance"),
+    [
+        # the paper counts elementwise operations as well, which the dilated maps have most of
+        ("detr_r50_300ep", 41, 86, 0.02),
+        ("detr_r50_dc5_300ep", 41, 187, 0.025),
+        ("deformable_detr_r50_50ep", 40, 173, 0.005),
+    ],
+)
+def test_what_the_papers_count(name: str, millions: int, giga: int, tolerance: float) -> None:
+    config = LazyConfig.load(str(ROOT / f"projects/baselines/configs/{name}.py"))
+    model = instantiate(config.model).eval()
+    total, _ = parameters(model.parameters())
+    assert int(total / 1e6) == millions
+    # about the mean size of the images that DETR's authors count on
+    flops = count_multiply_adds(model, (800, 1120))
+    assert flops.total() / 1e9 == pytest.approx(giga, rel=tolerance)
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -225,11 +225,15 @@ def is_locked(work):
 
 
 def test_a_study_ends_when_its_budget_is_over(study, tmp_path):
-    done = study(tmp_path, *SLOW, "--budget", "0.02")
-    assert done.code == 0, done.errors
-    assert done.events[-1] == "the budget is over: 1 run left, the same command goes on"
-    assert not (tmp_path / "docs").exists()
-    assert (tmp_path / RUN / "state.json").exists()
+    state = tmp_path / RUN / "state.json"
+    for budget in ("0.02", "0.04", "0.08", "0.16"):  # a busy machine has not begun at first
+        done = study(tmp_path, *SLOW, "--budget", budget)
+        assert done.code == 0, done.errors
+        assert done.events[-1] == "the budget is over: 1 run left, the same command goes on"
+        assert not (tmp_path / "docs").exists()
+        if state.exists():
+            break
+    assert state.exists()
 
 
 def test_no_budget_starts_nothing(study, tmp_path):
