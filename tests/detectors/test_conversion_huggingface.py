@@ -31,6 +31,12 @@ CASES = {
         THREE_LEVELS,
         {"d_model": 256},
     ),
+    "deformable_detr_r50_single_scale_50ep": (
+        "hf-deformable-detr",
+        "DeformableDetr",
+        ONE_LEVEL,
+        {"d_model": 256, "num_feature_levels": 1},
+    ),
     "deformable_detr_r50_with_box_refinement_50ep": (
         "hf-deformable-detr",
         "DeformableDetr",

@@ -55,6 +55,22 @@ def test_the_head_for_proposals_keeps_the_row_that_finds_objects() -> None:
     assert torch.equal(state["transformer.decoder.class_embed.2.bias"], of_encoder[:80])
 
 
+def test_deformable_detr_on_one_level_is_understood() -> None:
+    """Its numbers are compared with those of transformers' model."""
+    facts = OFFICIAL["deformable_detr"]
+    shapes = {key: shape for key, shape in facts["shapes"].items() if "input_proj" not in key}
+    for key, shape in shapes.items():
+        if "sampling_offsets" in key or "attention_weights" in key:
+            shapes[key] = [shape[0] // 4, *shape[1:]]
+    shapes |= {"transformer.level_embed": [1, 256], "input_proj.0.0.weight": [256, 128, 1, 1]}
+    shapes |= {f"input_proj.0.{name}": [256] for name in ("0.bias", "1.weight", "1.bias")}
+    config = tiny_config("deformable_detr_r50_single_scale_50ep")
+    state = converted({**facts, "shapes": shapes}, config)
+    build(config, state)
+    expected = recipe({"input_proj.0.0.weight": shapes["input_proj.0.0.weight"]})
+    assert torch.equal(state["neck.convs.0.conv.weight"], *expected.values())
+
+
 def test_dilated_resnets_keep_torchvision_names() -> None:
     model = instantiate(
         LazyConfig.load(str(ROOT / "projects/baselines/configs/detr_r50_dc5_300ep.py")).model
