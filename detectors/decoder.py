@@ -24,8 +24,8 @@ class Decoder(nn.Module):
         num_layers: L, at least one.
         checkpoint_layers: in training, keep each layer's input alone and compute the layer again
             in the backward pass: less memory for more time. ``"wide"`` does so with what takes
-            the most memory alone: hidden layers of feed-forward networks, and the values that
-            deformable attention samples.
+            the most memory alone: hidden layers of feed-forward networks, and what deformable
+            attention projects or samples.
     """
 
     layers: nn.ModuleList

@@ -17,6 +17,10 @@ from ops import dropout_add, relu_dropout
 from ops.dropout import draw_seed, drop_
 
 
+WEIGHTS_AT_ONCE = 2**20
+"""How many attention weights are made at once; a single image's may be more."""
+
+
 def lean_attention(
     query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, dropout_p: float
 ) -> Tensor:
@@ -84,10 +88,6 @@ class _Attention(torch.autograd.Function):
             inputs = query[part], key[part], value[part]
             _differentiate(grad[part], inputs, weights, ctx.dropout_p, seed, results)
         return *grads, None, None
-
-
-WEIGHTS_AT_ONCE = 2**20
-"""How many attention weights are made at once; a single image's may be more."""
 
 
 def _parts(query: Tensor, key: Tensor) -> list[slice]:

@@ -120,19 +120,19 @@ class MultiScaleDeformableAttention(nn.Module):
             raise ValueError(f"{missing} is None, expected one entry for each of the levels")
         locations = self.sampling_locations(query, reference_points, spatial_shapes)
         inputs = value, key_padding_mask, spatial_shapes, locations, self.sampling_weights(query)
-        first = samples_first(value, locations)
-        sample = self._sample_then_project if first else self._project_then_sample
         if self.checkpoint_value and self.training:
             # without randomness: there is no state to set back
-            output = checkpoint(sample, *inputs, use_reentrant=False, preserve_rng_state=False)
+            output = checkpoint(
+                self._sample, *inputs, use_reentrant=False, preserve_rng_state=False
+            )
         else:
-            output = sample(*inputs)
+            output = self._sample(*inputs)
         output = self.output_proj(output)
         if not self.batch_first:
             output = output.transpose(0, 1)
         return dropout_add(output, identity, self.dropout.p, self.dropout.training)
 
-    def _project_then_sample(
+    def _sample(
         self,
         value: Tensor,
         key_padding_mask: Tensor | None,
@@ -140,21 +140,11 @@ class MultiScaleDeformableAttention(nn.Module):
         locations: Tensor,
         weights: Tensor,
     ) -> Tensor:
-        value = self.project_value(value, key_padding_mask)
-        return multi_scale_deformable_attention(value, spatial_shapes, locations, weights)
-
-    def _sample_then_project(
-        self,
-        value: Tensor,
-        key_padding_mask: Tensor | None,
-        spatial_shapes: Sizes,
-        locations: Tensor,
-        weights: Tensor,
-    ) -> Tensor:
-        """The same, as sums and projection commute; the bias counts as often as there is a value.
-
-        Every head samples all channels, as if it were a query of its own.
-        """
+        """Project and sample, in the order that is cheaper: sums and projection commute."""
+        if not samples_first(value, locations):
+            value = self.project_value(value, key_padding_mask)
+            return multi_scale_deformable_attention(value, spatial_shapes, locations, weights)
+        # every head samples all channels, as if it were a query of its own
         present = value.new_ones(*value.shape[:2], 1, 1)
         if key_padding_mask is not None:
             _match_padding(key_padding_mask, value)
@@ -168,6 +158,7 @@ class MultiScaleDeformableAttention(nn.Module):
         output = torch.matmul(samples.transpose(0, 1), weight.transpose(1, 2))  # (H, B * N, D)
         output = output.transpose(0, 1).flatten(1).unflatten(0, (-1, locations.shape[1]))
         counts = counts.unflatten(1, (-1, self.num_heads))  # (B, N, H, 1)
+        # the bias counts as often as there was a value
         bias = self.value_proj.bias.unflatten(0, (self.num_heads, -1))  # (H, D)
         return output + (counts * bias).flatten(2).to(output.dtype)
 

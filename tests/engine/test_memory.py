@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from tiny_run import run_tiny
 
 from engine.memory import keep_freed_memory
 
@@ -70,3 +71,10 @@ def test_nothing_is_set_twice(name: str) -> None:
 def test_no_glibc(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ctypes.CDLL", lambda _: object())
     assert not keep_freed_memory({})
+
+
+def test_a_run_on_the_cpu_keeps_it(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr("engine.run.keep_freed_memory", lambda: calls.append(1))
+    run_tiny(tmp_path / "run", "train.device=cpu", "train.max_iter=1")
+    assert calls == [1]

@@ -175,16 +175,19 @@ def test_few_queries_sample_first(masked: bool) -> None:
     queries = torch.randn(2, 51, 32, dtype=torch.float64, requires_grad=True)
     references = torch.rand(2, 51, 2, 2, dtype=torch.float64) * 1.2 - 0.1
     padding = {"key_padding_mask": torch.rand(2, 400) < 0.3} if masked else {}
-    outputs = [
-        layer(
-            queries[:, :count],
-            value=value,
-            reference_points=references[:, :count],
-            spatial_shapes=((16, 20), (8, 10)),
-            **padding,
+    outputs, projected = [], []
+    layer.value_proj.register_forward_hook(lambda *_: projected.append(len(outputs)))
+    for count in (50, 51):
+        outputs.append(
+            layer(
+                queries[:, :count],
+                value=value,
+                reference_points=references[:, :count],
+                spatial_shapes=((16, 20), (8, 10)),
+                **padding,
+            )
         )
-        for count in (50, 51)
-    ]
+    assert projected == [1]  # all tokens, for the second output alone
     # a query has 16 points of 4 corners each: 50 * 64 is a quarter of 400 * 32
     locations = torch.empty(2, 51, 4, 2, 2, 2)
     assert ops.deformable_module.samples_first(value, locations[:, :50])
