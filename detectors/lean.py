@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from ops import dropout_add, relu_dropout
 from ops.dropout import draw_seed, drop_
 
-
 WEIGHTS_AT_ONCE = 2**20
 """How many attention weights are made at once; a single image's may be more."""
 
