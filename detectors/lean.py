@@ -1,4 +1,4 @@
-"""Attention and ReLU with dropout that keep little of the forward pass for the backward pass.
+"""Attention and activations that keep little of the forward pass for the backward pass.
 
 On the CPU, PyTorch's own keep attention weights unless there is no dropout and one width, and with
 dropout floating-point noise and what it multiplies besides.
@@ -12,9 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ops import dropout_add, relu_dropout
-from ops.dropout import draw_seed, drop_
+from ops.dropout import draw_seed, drop_, may_be_overwritten
 
 WEIGHTS_AT_ONCE = 2**20
 """How many attention weights are made at once; a single image's may be more."""
@@ -47,8 +48,10 @@ def lean_attention(
 def _of_one_width(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None) -> Tensor:
     """Zeros make queries, keys and values as wide as PyTorch's fused kernel wants them."""
     width, channels = query.shape[-1], value.shape[-1]
-    query, key = (F.pad(x, (0, max(channels - width, 0))) for x in (query, key))
-    value = F.pad(value, (0, max(width - channels, 0)))
+    if width < channels:
+        query, key = (F.pad(x, (0, channels - width)) for x in (query, key))
+    elif channels < width:
+        value = F.pad(value, (0, width - channels))
     attended = F.scaled_dot_product_attention(
         query, key, value, attn_mask=allowed, scale=width**-0.5
     )
@@ -162,3 +165,41 @@ class _ReLUDropout(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (result,) = ctx.saved_tensors  # positive where a gradient passes
         return torch.ops.aten.threshold_backward(grad, result, 0).mul_(ctx.scale), None
+
+
+class LeanPReLU(nn.PReLU):
+    """PReLU that overwrites its input and keeps its result alone.
+
+    Nothing else may need the input. On other devices than the CPU, in graphs, and with a slope from
+    which the input does not follow, it is PyTorch's.
+    """
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Values of any shape to the same."""
+        lean = values.device.type == "cpu" and self.num_parameters == 1
+        if not lean or torch.jit.is_tracing() or not may_be_overwritten(values):
+            return super().forward(values)
+        slope = self.weight.item()
+        return _PReLU.apply(values, self.weight, slope) if slope > 0 else super().forward(values)
+
+
+class _PReLU(torch.autograd.Function):
+    """With a positive slope, results have the signs of the values."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, weight: Tensor, slope: float) -> Tensor:
+        ctx.slope, ctx.dtype = slope, weight.dtype
+        result = F.leaky_relu_(values.detach(), slope)  # see ops.dropout on marking it
+        ctx.save_for_backward(result)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (result,) = ctx.saved_tensors
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            products = result.clamp(max=0).mul_(grad)
+            grad_weight = products.sum(dtype=ctx.dtype).div_(ctx.slope).view(1)
+        grad_values = torch.ops.aten.leaky_relu_backward(grad, result, ctx.slope, True)
+        return grad_values, grad_weight, None

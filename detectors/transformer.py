@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ops
 
-from .lean import ReLUDropout
+from .lean import LeanPReLU, ReLUDropout
 from .structures import STUDENT, Branch, EncoderContext, FeatureMaps, Memory, Targets
 
 TOKENS_AT_ONCE = 8192
@@ -186,7 +186,12 @@ def feed_forward(
 ) -> FeedForward:
     """A feed-forward network with residual and its own copy of the activation, by default ReLU."""
     # nothing else needs what the linear layer before it returns
-    hidden = ReLUDropout(dropout, inplace=True) if activation is None else copy.deepcopy(activation)
+    if activation is None:
+        hidden: nn.Module = ReLUDropout(dropout, inplace=True)
+    else:
+        hidden = copy.deepcopy(activation)
+        if type(hidden) is nn.PReLU:
+            hidden.__class__ = LeanPReLU
     network = FeedForward(embed_dim, feedforward_dim, ffn_drop=dropout, activation=hidden)
     if activation is None:
         network.layers[0][2] = nn.Identity()  # what drops is the activation

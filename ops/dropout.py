@@ -83,7 +83,7 @@ def relu_dropout(
         return F.dropout(F.relu(values), p, training)
     p = p if training else 0.0
     seed = draw_seed() if p > 0 else None
-    if inplace and _may_be_overwritten(values):
+    if inplace and may_be_overwritten(values):
         return _OverwritingReLUDropout.apply(values, p, seed)
     return F.relu(values) if seed is None else _relu_drop(values, p, seed)
 
@@ -173,7 +173,7 @@ def _check_residual(residual: Tensor, values: Tensor) -> None:
         )
 
 
-def _may_be_overwritten(values: Tensor) -> bool:
+def may_be_overwritten(values: Tensor) -> bool:
     """Whether autograd runs eagerly and the memory is neither a leaf's nor shared by elements."""
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     leaf = values.is_leaf and values.requires_grad

@@ -1,12 +1,15 @@
-"""Attention and ReLU with dropout against formulas with the same draw, and what they store."""
+"""Attention and activations against formulas with the same draw, and what they store."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from detectors import lean
-from detectors.lean import ReLUDropout, _ReLUDropout, lean_attention
+from detectors.lean import LeanPReLU, ReLUDropout, _ReLUDropout, lean_attention
+from detectors.transformer import feed_forward
 
 
 def drawn(shape, p, rows=None):
@@ -81,6 +84,66 @@ def test_relu_dropout_with_the_dropout_of_other_devices():
     assert stored_bytes(lambda: _ReLUDropout.apply(hidden, 0.1)) == hidden.nbytes
     on_meta = ReLUDropout(0.1, inplace=True).train()(hidden.to("meta"))
     assert (on_meta.shape, on_meta.device.type) == (hidden.shape, "meta")
+
+
+@pytest.mark.parametrize("slope", [0.25, 3.0, 1e-20, 0.0, -0.5])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_prelu_is_pytorchs(slope, frozen):
+    torch.manual_seed(0)
+    values = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
+    layers = [
+        kind(init=slope).double().requires_grad_(not frozen) for kind in (LeanPReLU, nn.PReLU)
+    ]
+    results = []
+    for layer in layers:
+        output = layer(values * 2)
+        inputs = [values] if frozen else [values, layer.weight]
+        results.append((output, *torch.autograd.grad(output.square().sum(), inputs)))
+    torch.testing.assert_close(*results)
+
+
+def test_prelu_overwrites_what_it_may():
+    layer, linear = LeanPReLU(), nn.Linear(8, 32)
+    tokens = torch.randn(2, 5, 8)
+    hidden = linear(tokens)
+    assert layer(hidden).data_ptr() == hidden.data_ptr()
+    leaf = torch.randn(4, requires_grad=True)
+    assert layer(leaf).data_ptr() != leaf.data_ptr()
+    assert LeanPReLU(5)(hidden).data_ptr() != hidden.data_ptr()  # a slope a token
+    plain = stored_bytes(lambda: nn.PReLU()(linear(tokens)).square())
+    assert plain - stored_bytes(lambda: layer(linear(tokens)).square()) >= hidden.nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_prelu_under_autocast(dtype):
+    torch.manual_seed(0)
+    network = feed_forward(8, 64, 0.0, nn.PReLU())
+    tokens = torch.randn(3, 8)
+    results = []
+    for enabled in (False, True):
+        network.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=enabled):
+            output = network(tokens)
+        output.float().square().sum().backward()
+        results.append([output.float(), *(p.grad.clone() for p in network.parameters())])
+    torch.testing.assert_close(*results, rtol=0.05, atol=0.1)
+
+
+def test_prelu_of_a_network_is_lean_and_compiles():
+    torch.manual_seed(0)
+    network = feed_forward(8, 12, 0.0, nn.PReLU())
+    assert type(network.activation) is LeanPReLU
+    assert type(network.layers[0][1]) is LeanPReLU
+    tokens = torch.randn(3, 8, requires_grad=True)
+    compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
+    results = []
+    for function in (network, compiled):
+        output = function(tokens)
+        inputs = [tokens, *network.parameters()]
+        results.append((output, *torch.autograd.grad(output.square().sum(), inputs)))
+    torch.testing.assert_close(*results)
+    expected = F.prelu(network.layers[0][0](tokens), network.activation.weight)
+    torch.testing.assert_close(network.layers[0](tokens), expected)
 
 
 def stored_bytes(function):
