@@ -1,7 +1,7 @@
 from .dab_detr_r50_50ep import dataloader, lr_multiplier, model, optimizer, train
-from .models.swin_backbones import swin_tiny
+from .models.swin_backbones import swin_tiny as _swin
 
-model.backbone = swin_tiny
+model.backbone = _swin
 model.in_features = ["p3"]
 model.in_channels = 768
 train.init_checkpoint = "path/to/swin_tiny_patch4_window7_224.pth"

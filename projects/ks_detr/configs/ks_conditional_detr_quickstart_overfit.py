@@ -13,8 +13,8 @@ from .ks_conditional_detr_quickstart import (
 
 dataloader.train.dataset.names = "coco_2017_train"
 dataloader.test.dataset.names = "coco_2017_train"
-for loader in (dataloader.train, dataloader.test):
-    loader.mapper.augmentation = [L(T.ResizeShortestEdge)(short_edge_length=192, max_size=320)]
+for _loader in (dataloader.train, dataloader.test):
+    _loader.mapper.augmentation = [L(T.ResizeShortestEdge)(short_edge_length=192, max_size=320)]
 dataloader.train.total_batch_size = 8
 dataloader.test.batch_size = 8
 
