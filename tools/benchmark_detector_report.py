@@ -152,10 +152,10 @@ def write(folder: Path, name: str, header: dict[str, str], rows: Sequence[Row]) 
         "Written by `python tools/benchmark_detectors.py`. Full-size detectors with random weights "
         "on random images of one size, seven boxes each. A training step is forward, losses and "
         "backward, in float32, with the configs' dropout; the optimiser's part is the same for all "
-        "and left out. Peers have the same weights, take turns in one process, and are not timed "
-        "unless detections, losses and gradients agree (of transformers' models, detections). "
+        "and left out. Peers have the same weights, take turns, and are not timed unless "
+        "detections, losses and gradients agree (of transformers' models, detections). "
         "detrex's DN-DETR is kept from moving to CUDA, which it does on any device. "
-        "Memory is taken in a fresh process a contender, gradients included."
+        "Each contender has a process of its own; memory, gradients included, is taken in another."
     )
     text = page("Detectors on the CPU", about, header, tables(rows))
     return save(folder, name, text, header, rows)

@@ -6,7 +6,8 @@
     python tools/benchmark_detectors.py --config-file FILE --over BASELINE_FILE
 
 detrex takes part if detectron2 and detrex are installed and --detrex-root names a checkout, whose
-projects hold its detectors; Hugging Face's models if transformers is installed. A complete run
+projects hold its detectors; Hugging Face's models if transformers is installed. Each contender runs
+in a process of its own, which keeps freed memory if its package's training does. A complete run
 writes detectors_cpu.md, .json and .csv to docs/benchmarks; a partial one writes them where --output
 says, if it says so.
 
@@ -50,7 +51,7 @@ from tools.benchmark_detector_cases import (
     prepare,
     run_of,
 )
-from tools.benchmark_detector_memory import peak
+from tools.benchmark_detector_process import callers, peak
 from tools.benchmark_detector_report import Row, screen, verdict, write
 from tools.benchmark_detector_steps import busiest_operators, step_times
 from tools.benchmark_measure import Budget, interleave, ratios, spread
@@ -65,16 +66,16 @@ QUICK_SIZES = ((64, 96),)
 # --- one case -----------------------------------------------------------------------------------
 
 
-def time_rows(case: Case, contest: Contest, repeats: int) -> list[Row]:
+def time_rows(case: Case, contest: Contest, args: argparse.Namespace) -> list[Row]:
     """Measure all contenders in turns; the first row is ours.
 
     Raises:
-        UserError: ours and a peer differ.
+        UserError: ours and a peer differ, or a process ended.
     """
     check_agreement(case, contest)
-    items = contest.items(case.size, case.images)
-    runs = {name: run_of(model, items, case.work) for name, model in contest.models.items()}
-    times = interleave(runs, Budget(repeats))
+    names = tuple(contest.models)
+    with callers(case, names, args.detrex_root, args.all_keep_memory) as runs:
+        times = interleave(runs, Budget(args.repeats))
     rows = []
     for name, seconds in times.items():
         summary = spread([1000 * value for value in seconds])
@@ -153,6 +154,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, metavar="N", default=threads, help="%(default)s")
     parser.add_argument("--repeats", type=int, metavar="N", default=5, help="rounds (%(default)s)")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="where the files go")
+    parser.add_argument(
+        "--all-keep-memory",
+        action="store_true",
+        help="let peers keep freed memory too, which their own training does not",
+    )
     parser.add_argument("--quick", action="store_true", help="tiny images, to see that it works")
     args = parser.parse_args(arguments)
     for name in ("threads", "repeats"):
@@ -206,23 +212,30 @@ def run(args: argparse.Namespace) -> None:
         print("\n".join(names))
         return
     torch.set_num_threads(args.threads)
-    kept = keep_freed_memory()  # as in training; cases of memory run in other processes
-    header = describe(args) | {"freed memory": "kept" if kept else "as the C library does"}
+    kept = "kept by " + ("all" if args.all_keep_memory else "ours")
+    kept = kept if keep_freed_memory() else "as the C library does"
+    header = describe(args) | {"freed memory": kept}
     print("\n".join(f"{name:14} {value}" for name, value in header.items()), end="\n\n")
     rows: list[Row] = []
+    files: list[Path] = []
     for found in _measure([cases[name] for name in names], args):
         if args.quick:  # tiny images prove nothing
             found = [replace(row, required=None) for row in found]
         rows += found
+        files = [] if args.output is None else _write(args.output, header, rows)
         news = "; ".join(_news(found))
         print(f"{found[0].case}  {news}", flush=True)
     print(f"\n{screen(rows)}")
-    if args.output is not None:
-        try:
-            files = write(args.output, "detectors_cpu", header, rows)
-        except OSError as error:
-            raise UserError(f"cannot write to --output {args.output}: {error.strerror}") from None
+    if files:
         print("\nwritten: " + ", ".join(str(path) for path in files))
+
+
+def _write(folder: Path, header: dict[str, str], rows: Sequence[Row]) -> list[Path]:
+    """Write the files after each case, as a run takes long."""
+    try:
+        return write(folder, "detectors_cpu", header, rows)
+    except OSError as error:
+        raise UserError(f"cannot write to --output {folder}: {error.strerror}") from None
 
 
 def _measure(cases: Sequence[Case], args: argparse.Namespace) -> Iterator[list[Row]]:
@@ -237,7 +250,7 @@ def _measure(cases: Sequence[Case], args: argparse.Namespace) -> Iterator[list[R
             if case.measure == STEPS:
                 yield step_rows(case, contest, args.repeats)
                 continue
-            rows = time_rows(case, contest, args.repeats)
+            rows = time_rows(case, contest, args)
             for name, reason in contest.unavailable.items():
                 rows.append(_bounded(case, Row(case.name, name, note=reason)))
             yield rows

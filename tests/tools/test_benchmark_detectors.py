@@ -14,6 +14,7 @@ from tools import benchmark_detector_report as report
 from tools import benchmark_detectors
 from tools.benchmark_detector_cases import BASELINE, OURS, SUBJECTS, Bound, Case, Contest, Subject
 from tools.benchmark_detector_peers import DETREX, HUGGING_FACE, family_of, without_chance
+from tools.benchmark_detector_process import callers
 from tools.benchmark_detector_report import Row
 from tools.benchmark_detector_steps import STEPS, busiest_operators, step_times
 
@@ -156,6 +157,17 @@ def test_chance_comes_back(tiny):
     with without_chance(tiny):
         assert module.dropout == 0
     assert module.dropout == 0.25
+
+
+def test_a_process_that_ends_says_why():
+    case = Case(Subject("gone", "gone.py"), (64, 96), 2, "train", "time")
+    with (
+        pytest.raises(
+            UserError, match=r"gone/64x96/B2/train/time: the process of ours ended: .*gone"
+        ),
+        callers(case, (OURS,), None, False),
+    ):
+        pass
 
 
 # --- where the time goes ------------------------------------------------------------------------
