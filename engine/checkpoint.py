@@ -81,12 +81,17 @@ class AtomicCheckpointer(DetectionCheckpointer):
         """Load a file and return the entries that nobody took.
 
         Raises:
-            UserError: no such file, not a checkpoint, or one of another architecture.
+            UserError: no such file, not a checkpoint, or one of another architecture, optimiser or
+                other objectives.
         """
         self._path = path
         if path:
             _require_readable(path)
-        return super().load(path, *args, **kwargs)
+        try:
+            return super().load(path, *args, **kwargs)
+        except (KeyError, RuntimeError, ValueError) as error:
+            lines = str(error).strip().splitlines()
+            raise UserError(f"{path} does not fit this config: {' '.join(lines[:2])}") from error
 
     def _load_file(self, f: str) -> Any:
         try:

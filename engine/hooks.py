@@ -54,7 +54,7 @@ class CheckpointHook(hooks.PeriodicCheckpointer):
     def after_step(self) -> None:
         """Save if it is time."""
         super().after_step()
-        if self._keep is not None:
+        if self._keep is not None and (self.trainer.iter + 1) % self.period == 0:
             self.checkpointer.prune(self._keep)
 
     def after_train(self) -> None:

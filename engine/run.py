@@ -111,7 +111,10 @@ def check_settings(config: DictConfig) -> None:
         ("eval_period", settings.eval_period),
         ("accumulation_steps", settings.accumulation_steps),
         ("checkpointer.period", settings.checkpointer.period),
+        ("checkpointer.max_to_keep", settings.checkpointer.get("max_to_keep")),
     ):
+        if value is None and key == "checkpointer.max_to_keep":
+            continue
         if not isinstance(value, int):
             raise UserError(f"train.{key} is {value}, expected a whole number")
         if value < 1 and key != "eval_period":

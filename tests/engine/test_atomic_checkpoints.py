@@ -261,3 +261,16 @@ def test_the_best_weights_are_kept(tmp_path):
     best = torch.load(tmp_path / "model_best.pth", weights_only=True)
     assert set(best) == {"model", "iteration", "best"}
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+
+
+def test_states_of_another_config_are_refused_in_one_line(tmp_path):
+    model = nn.Linear(2, 2)
+    optimizers = [
+        torch.optim.SGD(groups, lr=1.0)
+        for groups in (model.parameters(), [{"params": [p]} for p in model.parameters()])
+    ]
+    AtomicCheckpointer(model, str(tmp_path), optimizer=optimizers[0]).save("model")
+    other = AtomicCheckpointer(model, str(tmp_path), optimizer=optimizers[1])
+    with pytest.raises(UserError, match=r"model\.pth does not fit this config: .*groups") as caught:
+        other.load(str(tmp_path / "model.pth"))
+    assert "\n" not in str(caught.value)

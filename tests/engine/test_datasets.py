@@ -147,6 +147,8 @@ def test_more_classes_than_the_model(tmp_path):
 
 def test_settings_out_of_range(tmp_path):
     assert fails(tmp_path, "train.max_iter=0") == "train.max_iter is 0, expected at least 1"
+    message = fails(tmp_path, "train.checkpointer.max_to_keep=0")
+    assert message == "train.checkpointer.max_to_keep is 0, expected at least 1"
     assert "total_batch_size is 0" in fails(tmp_path, "dataloader.train.total_batch_size=0")
     message = fails(tmp_path, "train.amp.enabled=True", "train.amp.dtype=float16")
     assert "float16 needs CUDA" in message
