@@ -149,6 +149,10 @@ class ChannelMapping(nn.Module):
         num_groups: int = 32,
     ):
         super().__init__()
+        if len(in_features) != len(in_channels):
+            raise ValueError(
+                f"in_features names {len(in_features)} maps, in_channels has {len(in_channels)}"
+            )
         self.in_features = list(in_features)
         self.lateral_convs = nn.ModuleList(
             nn.Conv2d(channels, out_channels, kernel_size=1) for channels in in_channels
@@ -273,8 +277,8 @@ class AdaMixer(Detector):
                 f"the decoder has {len(strides)} strides"
             )
         masked = features.padding_masks is not None
-        if self.training and not self.mask_padding_in_training:
-            masked = False
+        if self.training or not self.separate_at_inference:
+            masked = masked and self.mask_padding_in_training
         levels = []
         for level, stride in zip(features.levels, strides, strict=True):
             cells = [(-(-h // stride), -(-w // stride)) for h, w in features.image_sizes]

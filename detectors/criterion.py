@@ -117,14 +117,15 @@ class SetCriterion(_SetCriterion):
         self, logits: Tensor, labels: Tensor, matches: Matches, num_boxes: float
     ) -> Tensor:
         """Focal loss per box or weighted mean cross entropy, (G,)."""
-        classes = torch.full(
-            logits.shape[:3], self.num_classes, dtype=torch.long, device=logits.device
-        )
-        classes[matches.index] = labels[matches.targets]
         if self.loss_class_type == "ce_loss":
+            classes = torch.full(
+                logits.shape[:3], self.num_classes, dtype=torch.long, device=logits.device
+            )
+            classes[matches.index] = labels[matches.targets]
             weights = self.empty_weight[classes].flatten(1)
             losses = F.cross_entropy(logits.flatten(0, 2), classes.flatten(), reduction="none")
-            return (losses.view_as(weights) * weights).sum(1) / weights.sum(1)
+            total = weights.sum(1).clamp(min=torch.finfo(weights.dtype).tiny)  # there may be none
+            return (losses.view_as(weights) * weights).sum(1) / total
         one_hot = torch.zeros_like(logits)
         groups, images, queries = matches.index
         one_hot[groups, images, queries, labels[matches.targets]] = 1

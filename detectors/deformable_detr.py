@@ -332,13 +332,8 @@ class DeformableDetector(Detector):
 
     def encode(self, features: FeatureMaps, targets: Targets | None = None) -> Memory:
         """Run the encoder on positions that know their level."""
-        embeds = self.transformer.level_embeds
-        if len(embeds) != len(features.levels):
-            raise ValueError(
-                f"the neck gives {len(features.levels)} levels, "
-                f"the transformer has num_levels {len(embeds)}"
-            )
-        return super().encode(features.with_level_embeds(embeds), targets)
+        features = features.with_level_embeds(self.transformer.level_embeds)
+        return super().encode(features, targets)
 
 
 def _new_heads(embed_dim: int, num_classes: int) -> tuple[nn.Linear, MLP]:

@@ -394,11 +394,12 @@ class Detector(nn.Module):
         for kind, values in parts.items():
             for (branch, layer), value in zip(groups, values.unbind(), strict=True):
                 name = kind + suffix + ("" if layer == last else f"_{layer}")
-                weight = self._loss_weight(name) * branch.loss_weight
+                weight = self.loss_weight(name) * branch.loss_weight
                 losses[_branch_name(name, branch)] = value * weight
         return losses
 
-    def _loss_weight(self, name: str) -> float:
+    def loss_weight(self, name: str) -> float:
+        """The criterion's weight of a loss, whose name ends with its layer's number or has none."""
         weights: dict[str, float] = self.criterion.weight_dict  # type: ignore[assignment]
         return weights.get(name, weights.get(re.sub(r"_\d+$", "", name), 1.0))
 

@@ -39,6 +39,8 @@ class DNDETR(DABDETR):
         super().__init__(
             embed_dim=embed_dim, uniform_anchor_centers=uniform_anchor_centers, **detector
         )
+        if getattr(self.transformer, "num_patterns", 0):
+            raise ValueError("DN-DETR's queries start from labels: expected num_patterns 0")
         self.denoising_generator = DenoisingQueries(
             self.num_classes,
             embed_dim,

@@ -92,7 +92,15 @@ class FeatureMaps:
         return torch.tensor(self.image_sizes, dtype=precise, device=level.device)
 
     def with_level_embeds(self, embeds: Tensor) -> FeatureMaps:
-        """The same with its level's embedding, one of (V, C), added to every position."""
+        """The same with its level's embedding, one of (V, C), added to every position.
+
+        Raises:
+            ValueError: there is not one embedding a level.
+        """
+        if len(embeds) != len(self.positions):
+            raise ValueError(
+                f"the neck gives {len(self.positions)} levels, embeddings are of {len(embeds)}"
+            )
         positions = tuple(
             position + embed[:, None, None]
             for position, embed in zip(self.positions, embeds, strict=True)

@@ -1,5 +1,7 @@
 """Recorded inputs of distillation losses as the contexts that objectives read."""
 
+import re
+
 import numpy as np
 import torch
 from detrex.modeling import HungarianMatcher
@@ -39,6 +41,9 @@ class OnlyCriterion:
             alpha=0.25,
             gamma=2.0,
         )
+
+    def loss_weight(self, name):
+        return self.criterion.weight_dict[re.sub(r"_\d+$", "", name)]
 
 
 def view(logits, boxes, states=None, levels=(), padded_size=(1, 1), attention=None):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from detectron2.structures import ImageList
@@ -56,7 +55,7 @@ class Distiller(nn.Module):
                 f"the teacher {teacher.num_classes}: expected the same"
             )
         self.student = student
-        teacher.separate_at_inference = False  # it sees a batch as the student does
+        teacher.separate_at_inference = False  # its maps see a batch as the student's do
         self._outside = (teacher.requires_grad_(False).eval(),)  # a tuple registers nothing
         self.training_parts = nn.ModuleDict({"objectives": nn.ModuleList(objectives)})
         if any(objective.needs_group for objective in objectives):
@@ -66,6 +65,7 @@ class Distiller(nn.Module):
         """Of the last step, without gradients; for the log."""
         self._clock = StepClock()
         self._prepare()
+        self.training_parts.to(student.device)
 
     @property
     def teacher(self) -> Detector:
@@ -131,7 +131,7 @@ class Distiller(nn.Module):
             features,
             memory.of_branch(STUDENT.name),
             _own_states(output),
-            replace(predictions.of_branch(0), denoised=None, proposals=None),
+            predictions.of_branch(0),
             None if attention is None else _own_attention(attention, output),
         )
         return view, predictions

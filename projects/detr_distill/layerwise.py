@@ -58,6 +58,8 @@ class LayerwiseObjective(Objective):
     def prepare(self, student: View, teacher: View) -> None:
         """Check that the layers exist and that the matching has scores to go by."""
         count = len(student.logits)
+        if self.layers == []:
+            raise UserError(f"{type(self).__name__} has layers [], expected some or None for all")
         for layer in self.layers or []:
             if not 0 <= layer < count:
                 raise UserError(

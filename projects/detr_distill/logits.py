@@ -49,7 +49,8 @@ class LogitsDistillation(Objective):
 
     In ``paper`` mode positives, which are the teacher's queries that match the ground truth in
     their stage, and negatives are matched apart, and negatives teach boxes only. In ``joint`` mode,
-    that of the released code, there is one matching, and all teach classes and boxes.
+    that of the released code, there is one matching, and all teach classes and boxes; the switches
+    of positives and negatives are for ``paper`` mode.
 
     Args:
         mode: ``paper`` or ``joint``.
@@ -80,6 +81,11 @@ class LogitsDistillation(Objective):
         super().__init__()
         if mode not in ("paper", "joint"):
             raise UserError(f"mode is {mode!r}, expected 'paper' or 'joint'")
+        switches = positive_class, positive_boxes, negative_boxes
+        if mode == "joint" and not all(switches):
+            raise UserError("mode 'joint' has no positives or negatives to switch off")
+        if not any(switches):
+            raise UserError("all of positive_class, positive_boxes and negative_boxes are False")
         self.joint = mode == "joint"
         self.progressive = progressive
         boxes = ["bbox", "giou"]
@@ -105,12 +111,16 @@ class LogitsDistillation(Objective):
             return self._losses("logits", pairs, learner, taught, ["class", "bbox", "giou"])
         by_boxes = SoftCost(0.0, self.cost.boxes, self.cost.giou)
         positives, negatives = split_queries(context, stages)
-        positive, negative = match_chosen(
-            [(self.cost(learner, taught), positives), (by_boxes(learner, taught), negatives)]
-        )
-        return self._losses(
-            "logits_positive", positive, learner, taught, self.positive_kinds
-        ) | self._losses("logits_negative", negative, learner, taught, self.negative_kinds)
+        groups = [
+            ("logits_positive", self.cost, positives, self.positive_kinds),
+            ("logits_negative", by_boxes, negatives, self.negative_kinds),
+        ]
+        wanted = [group for group in groups if group[-1]]
+        matched = match_chosen([(cost(learner, taught), chosen) for _, cost, chosen, _ in wanted])
+        losses: dict[str, Tensor] = {}
+        for (name, _, _, kinds), pairs in zip(wanted, matched, strict=True):
+            losses |= self._losses(name, pairs, learner, taught, kinds)
+        return losses
 
     def _losses(
         self,

@@ -10,6 +10,30 @@ from detectors.boxes import box_iou
 from detectors.structures import Matches, Targets
 
 from .context import View
+from .matching import TINY_AREA
+
+
+def matched_quality(
+    scores: Tensor, boxes: Tensor, matches: Matches, targets: Targets, gamma: float = 0.5
+) -> Tensor:
+    """``score ** gamma * IoU ** (1 - gamma)`` of queries with their targets (Eq. 7).
+
+    Args:
+        scores: (L, B, N, K) of all classes.
+        boxes: (L, B, N, 4) cxcywh.
+        matches: with the ground truth, of L groups and M pairs.
+        targets: ground truth of the B images.
+        gamma: what the score counts.
+
+    Returns:
+        (L, M).
+    """
+    labels = torch.cat([target["labels"] for target in targets])[matches.targets]
+    wanted = torch.cat([target["boxes"] for target in targets])[matches.targets]
+    score = matches.select(scores).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    found = box_cxcywh_to_xyxy(matches.select(boxes))
+    overlap = box_iou(found, box_cxcywh_to_xyxy(wanted), epsilon=TINY_AREA)
+    return score**gamma * overlap ** (1 - gamma)
 
 
 @torch.no_grad()
@@ -19,12 +43,11 @@ def detection_quality(view: View, matches: Matches, targets: Targets) -> Tensor:
     Zero if the batch has no target.
     """
     last = Matches(matches.images, matches.queries[-1:], matches.targets[-1:])
-    labels = torch.cat([target["labels"] for target in targets])[last.targets]
-    wanted = torch.cat([target["boxes"] for target in targets])[last.targets]
-    scores = last.select(view.logits[-1:]).float().sigmoid().gather(-1, labels[..., None])[..., 0]
-    boxes = last.select(view.boxes[-1:]).float()
-    overlap = box_iou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(wanted))
-    return (scores * overlap).sqrt().sum() / max(labels.numel(), 1)
+    logits, boxes = view.logits[-1:].float(), view.boxes[-1:].float()
+    softmax = view.detector.criterion.loss_class_type == "ce_loss"
+    scores = logits.softmax(-1) if softmax else logits.sigmoid()
+    quality = matched_quality(scores, boxes, last, targets)
+    return quality.sum() / max(quality.numel(), 1)
 
 
 @torch.no_grad()

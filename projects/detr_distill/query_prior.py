@@ -10,7 +10,7 @@ from torch import Tensor
 from detectors.structures import Matches
 from engine.errors import UserError
 
-from .context import DistillationContext
+from .context import DistillationContext, View
 from .objective import Objective
 
 Assignment = Literal["teacher", "last", "own"]
@@ -35,17 +35,31 @@ class QueryPriorAssignment(Objective):
         self.assignment = assignment
         self.weight = weight
 
+    def prepare(self, student: View, teacher: View) -> None:
+        """Check that the student's cost can match the teacher's scores."""
+        kinds = [view.detector.criterion.loss_class_type for view in (student, teacher)]
+        if kinds[0] != kinds[1]:
+            raise UserError(
+                f"the student scores classes by {kinds[0]}, the teacher by {kinds[1]}: "
+                "expected the same for an assignment of the teacher's"
+            )
+
     def forward(self, context: DistillationContext) -> dict[str, Tensor]:
         """The group's detection losses, each summed over the stages."""
         criterion, group = context.student.detector.criterion, context.group
         parts = criterion.group_losses(
             group.logits, group.boxes, context.targets, self._matches(context), context.num_boxes
         )
-        weights = criterion.weight_dict
         return {
-            name.replace("loss_", "loss_group_"): values.sum() * (self.weight * weights[name])
+            name.replace("loss_", "loss_group_"): self._weighted(context, name, values)
             for name, values in parts.items()
         }
+
+    def _weighted(self, context: DistillationContext, name: str, values: Tensor) -> Tensor:
+        """The sum of the stages' losses (L,), each weighted as the student's own of that layer."""
+        weight_of, last = context.student.detector.loss_weight, len(values) - 1
+        weights = [weight_of(f"{name}_{layer}") for layer in range(last)] + [weight_of(name)]
+        return (values * values.new_tensor(weights)).sum() * self.weight
 
     def _matches(self, context: DistillationContext) -> Matches:
         if self.assignment == "own":

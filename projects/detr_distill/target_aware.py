@@ -12,9 +12,11 @@ from torch import Tensor
 from detectors.boxes import box_iou
 from engine.errors import UserError
 
-from .context import DistillationContext
+from .context import DistillationContext, View
 from .features import FeatureObjective, Place, adapt_channels
+from .logits import check_scores
 from .matching import TINY_AREA
+from .measures import matched_quality
 
 Form = Literal["released", "eq8", "eq6"]
 DEFAULT_WEIGHTS = {"released": 1.0, "eq8": 20.0, "eq6": 20.0}
@@ -57,6 +59,12 @@ class TargetAwareDistillation(FeatureObjective):
         self.max_detections = max_detections
         self.gamma = gamma
 
+    def prepare(self, student: View, teacher: View) -> None:
+        """Check also that the teacher's scores tell the quality of its queries."""
+        if self.form != "eq6":
+            check_scores("the quality of queries", student, teacher)
+        super().prepare(student, teacher)
+
     def make_adapters(self, student: list[int], teacher: list[int]) -> None:
         """A 1 x 1 convolution where the teacher's maps have other channels."""
         self.adapters = adapt_channels(student, teacher)
@@ -78,23 +86,21 @@ class TargetAwareDistillation(FeatureObjective):
             quality = detection_weights(context, stages, self.max_detections)
             weights = cosine_masks(queries, quality.to(teacher.dtype), cells).square().sum(0)
         elif self.form == "eq8":
-            quality = self.matched_quality(context, stages).to(teacher.dtype)
+            quality = self.query_quality(context, stages).to(teacher.dtype)
             products = queries @ cells  # (L, B, M, S)
             weights = (quality.unsqueeze(-1) * products.square()).mean(2).sum(0)
         else:
             weights = (queries.mean(2, keepdim=True) @ cells).squeeze(2).square().sum(0)
         return weights.view_as(teacher[:, 0]) / teacher.numel()
 
-    def matched_quality(self, context: DistillationContext, stages: list[int]) -> Tensor:
+    def query_quality(self, context: DistillationContext, stages: list[int]) -> Tensor:
         """Quality (L, B, M) of the teacher's queries that match a target (Eq. 7), else 0."""
-        teacher, matches = context.teacher, context.teacher_matches.of_groups(stages)
-        labels = torch.cat([target["labels"] for target in context.targets])[matches.targets]
-        wanted = torch.cat([target["boxes"] for target in context.targets])[matches.targets]
-        logits, boxes = teacher.logits[stages], teacher.boxes[stages]
-        scores = matches.select(logits).sigmoid().gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-        overlap = _iou(matches.select(boxes), wanted)
-        quality = torch.zeros_like(logits[..., 0])
-        quality[matches.index] = scores**self.gamma * overlap ** (1 - self.gamma)
+        matches = context.teacher_matches.of_groups(stages)
+        scores, boxes = context.teacher.logits[stages].sigmoid(), context.teacher.boxes[stages]
+        quality = torch.zeros_like(scores[..., 0])
+        quality[matches.index] = matched_quality(
+            scores, boxes, matches, context.targets, self.gamma
+        )
         return quality
 
 

@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SMALLER = {torch.bfloat16, torch.float16}
+_EARLY = ("backbone.", "neck.", "input_proj.", "transformer.encoder.")
 
 
 def load_teacher(detector: Detector, init_checkpoint: str, dtype: str = "float32") -> Detector:
@@ -23,8 +24,8 @@ def load_teacher(detector: Detector, init_checkpoint: str, dtype: str = "float32
     Args:
         detector: of any weights.
         init_checkpoint: must hold every weight.
-        dtype: of the weights of backbone, neck and encoder: ``float32``, ``bfloat16`` or
-            ``float16``. Decoder and heads stay in float32, where positions need its precision.
+        dtype: of the convolutions and linear layers of backbone, neck and encoder: ``float32``,
+            ``bfloat16`` or ``float16``. What follows stays in float32, as positions need it.
 
     Returns:
         The same detector.
@@ -57,7 +58,6 @@ def precision_of(teacher: Detector) -> torch.dtype:
 def _shrink(detector: Detector, dtype: torch.dtype) -> None:
     """Keep in a smaller type what autocast would convert to it anyway, up to the encoder's end."""
     for name, module in detector.named_modules():
-        late = name.startswith(("transformer.decoder", "class_embed", "bbox_embed"))
-        if isinstance(module, nn.Conv2d | nn.Linear) and not late:
+        if name.startswith(_EARLY) and isinstance(module, nn.Conv2d | nn.Linear):
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.to(dtype)

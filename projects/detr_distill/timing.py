@@ -15,6 +15,7 @@ class StepClock:
 
     def __init__(self) -> None:
         self._marks: list = []
+        self._whole: list[tuple] = []
         self._share = 0.0
 
     @property
@@ -26,8 +27,10 @@ class StepClock:
         """Say that a step starts, with the teacher."""
         now = self._now(device)
         if len(self._marks) == 2:
-            start, teacher = self._marks
-            self._share = _between(start, teacher) / max(_between(start, now), 1e-9)
+            self._whole.append((*self._marks, now))
+        while len(self._whole) > (device.type == "cuda"):  # which may not be there yet
+            start, teacher, end = self._whole.pop(0)
+            self._share = _between(start, teacher) / max(_between(start, end), 1e-9)
         self._marks = [now]
         self._device = device
 

@@ -58,6 +58,10 @@ def share_knowledge(
     """
     if teacher_features not in ("smlp", "mark"):
         raise ValueError(f"teacher_features is {teacher_features!r}, expected 'smlp' or 'mark'")
+    if not isinstance(encoder, Encoder):
+        raise TypeError(
+            f"{type(encoder).__name__} is no Encoder, whose layers could share knowledge"
+        )
     attentions = [layer.get_submodule("attentions") for layer in encoder.layers]
     indices = _indices(layers, len(attentions))
     chosen = [attentions[index] for index in indices]
@@ -81,6 +85,7 @@ def share_knowledge(
             box_padding=box_padding,
             interpolation=interpolation,
         )
+        sharing.to(next(student.parameters()))  # where the student is
         one.register_module("0", sharing.train(student.training))
     if not (keep_hidden or encoder.checkpoint_layers):  # which keeps nothing inside layers anyway
         checkpoint_feedforward(nn.ModuleList(encoder.layers[index] for index in indices))

@@ -28,13 +28,8 @@ class LevelAttention(nn.Module):
 
     def __init__(self, attention: SelfAttention, block: Block, copies: int = 1):
         super().__init__()
-        self.embed_dim = attention.embed_dim
         self.within_levels = block == "intra"
         self.parts = nn.ModuleList(copy.deepcopy(attention) for _ in range(copies))
-
-    def branches(self, context: EncoderContext) -> tuple[Branch, ...]:
-        """The branches that :meth:`forward` returns, stacked along the batch axis: its input's."""
-        return context.branches
 
     def forward(self, tokens: Tensor, context: EncoderContext) -> Tensor:
         """Tokens (R * B, S, C) plus their attention output (R * B, S, C)."""

@@ -104,3 +104,14 @@ def test_a_detector_refuses_detrexs_criterion():
     criterion = build(LayerCriterion)
     with pytest.raises(TypeError, match=r"criterion is detrex\..*SetCriterion, expected a detec"):
         build_single_scale(ConditionalDETR, ConditionalDecoder, criterion, SETTINGS, {})
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_no_query_has_no_loss(kind):
+    """As in denoising without targets."""
+    logits, boxes, targets = example([0], kind, queries=0)
+    criterion = build(SetCriterion, kind)
+    losses = criterion.group_losses(
+        logits, boxes, targets, criterion.match(logits, boxes, targets), 1.0
+    )
+    assert all((value == 0).all() for value in losses.values())

@@ -1,26 +1,14 @@
 """Decoder layers that the backward pass computes again: the same numbers, fewer of them kept."""
 
+import every_detector
 import pytest
-import tiny_adamixer
-import tiny_dab
 import tiny_deformable
 import torch
-from tiny_detectors import (
-    SETTINGS,
-    StridedBackbone,
-    build_conditional,
-    build_single_scale,
-    focal_criterion,
-    instances,
-    pattern_image,
-)
-from tiny_smca import build_multi_scale_smca, build_single_scale_smca
+from every_detector import BUILDERS, batch
+from tiny_detectors import SETTINGS
 from torch import nn
 
-from detectors.deformable_detr import MultiLevelTransformer
-from detectors.detr import DETR, DETRDecoder
-from detectors.dn_deformable_detr import DNDeformableDecoder, DNDeformableDETR
-from detectors.dn_detr import DNDETR
+from detectors.detr import DETRDecoder
 from detectors.late_maps import LateMap, LateMaps
 from detectors.lean import ReLUDropout
 from detectors.structures import AttentionMaps
@@ -28,70 +16,15 @@ from detectors.transformer import Encoder
 from projects.ks_detr.encoder import share_knowledge
 
 
-def detr():
-    return build_single_scale(DETR, DETRDecoder, focal_criterion(SETTINGS), SETTINGS, {})
-
-
-def conditional():
-    return build_conditional(SETTINGS, {})
-
-
-def deformable(**options):
-    return tiny_deformable.build_deformable(tiny_deformable.SETTINGS, {}, **options)
-
-
-def dn_deformable():
-    settings = tiny_deformable.SETTINGS
-    transformer = MultiLevelTransformer(
-        tiny_deformable.deformable_encoder(settings),
-        tiny_deformable.decoder(settings, DNDeformableDecoder),
-    )
-    parts = tiny_deformable.common_parts(settings, {})
-    return DNDeformableDETR(**parts | {"transformer": transformer})
-
-
-SINGLE_SCALE = {
-    "detr": detr,
-    "conditional": conditional,
-    "dab": tiny_dab.tiny_detector,
-    "dn": lambda: tiny_dab.tiny_detector(DNDETR),
-}
-MULTI_SCALE = {
-    "deformable": deformable,
-    "refining": lambda: deformable(refine=True),
-    "two_stage": lambda: deformable(refine=True, two_stage=True),
-    "dn_deformable": dn_deformable,
-}
-OTHERS = {
-    "smca": build_single_scale_smca,
-    "multi_scale_smca": build_multi_scale_smca,
-    "adamixer": tiny_adamixer.build_adamixer,
-}
-BUILDERS = SINGLE_SCALE | MULTI_SCALE | OTHERS
-
-
 def build(name, dropout=0.2):
     """A detector in training that drops attention weights and activations."""
-    torch.manual_seed(0)
-    model = BUILDERS[name]()
-    if name in SINGLE_SCALE:
-        model.backbone = StridedBackbone()
-    elif name in MULTI_SCALE:
-        model.backbone = tiny_deformable.PyramidBackbone()
+    model = every_detector.build(name)
     for module in model.transformer.decoder.modules():
         if isinstance(module, nn.Dropout | ReLUDropout):
             module.p = dropout
         elif isinstance(getattr(module, "dropout", None), float):
             module.dropout = dropout
-    return model.double().train()
-
-
-def batch():
-    sizes, boxes = [(64, 96), (96, 80)], [[4.0, 4.0, 60.0, 30.0], [30.0, 20.0, 70.0, 60.0]]
-    return [
-        {"image": pattern_image(0, *sizes[0]), "instances": instances(sizes[0], boxes, [1, 0])},
-        {"image": pattern_image(1, *sizes[1]), "instances": instances(sizes[1], [], [])},
-    ]
+    return model.double()
 
 
 def weights_of(maps):

@@ -199,27 +199,6 @@ def test_checkpointed_layers_give_the_same_gradients(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("boxes", [((4, 4, 60, 60),), ()])
-def test_every_parameter_has_a_gradient(variant, boxes):
-    model = tiny_detector(**VARIANTS[variant]).train()
-    sum(model(batch(boxes)).values()).backward()
-    assert [n for n, p in model.named_parameters() if p.grad is None] == []
-
-
-def test_encode_and_decode_compile_in_one_graph():
-    settings = SETTINGS | {"num_encoder_layers": 1, "num_decoder_layers": 2}
-    model = tiny_detector(settings, refine=True, two_stage=True).train()
-    features = model.extract(model.preprocess(batch()))
-
-    def run(features):
-        memory = model.encode(features)
-        return model.predict(model.decode(memory, model.queries(memory)))
-
-    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)(features)
-    torch.testing.assert_close(compiled.boxes, run(features).boxes)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
 def test_branches_of_a_dense_knowledge_sharing_encoder(variant):
     def dense(layers):
         torch.manual_seed(1)
@@ -283,19 +262,6 @@ def test_more_queries_than_tokens():
     assert len(model([{"image": pattern_image(0, 16, 16)}])[0]["instances"]) == 10
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("boxes", [((4, 4, 60, 60), (30, 20, 120, 90)), ()])
-def test_bfloat16_autocast(variant, boxes):
-    model = tiny_detector(**VARIANTS[variant]).train()
-    exact = model(batch(boxes))
-    with torch.autocast("cpu", torch.bfloat16):
-        losses = model(batch(boxes))
-    sum(losses.values()).backward()
-    for name, loss in losses.items():
-        assert loss.item() == pytest.approx(exact[name].item(), rel=0.15, abs=1e-3), name
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
-
-
 def test_contradictions_are_refused_in_one_line():
     with pytest.raises(ValueError, match="as_two_stage needs with_box_refine"):
         tiny_detector(two_stage=True)
@@ -305,7 +271,7 @@ def test_contradictions_are_refused_in_one_line():
     parts = {
         "transformer": DeformableTransformer(deformable_encoder(SETTINGS), decoder(SETTINGS), 3)
     }
-    with pytest.raises(ValueError, match=r"the neck gives 4 levels, .* num_levels 3"):
+    with pytest.raises(ValueError, match="the neck gives 4 levels, embeddings are of 3"):
         tiny_detector(**parts).train()(batch())
     model = tiny_detector().eval()
     memory = model.encode(model.extract(model.preprocess(batch())))

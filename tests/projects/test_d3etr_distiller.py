@@ -19,8 +19,11 @@ from projects.detr_distill.attention_maps import (
     SelfAttentionDistillation,
 )
 from projects.detr_distill.distiller import Distiller
+from projects.detr_distill.fitnet import FitNet
 from projects.detr_distill.prediction import PredictionDistillation
 from projects.detr_distill.query_prior import QueryPriorAssignment
+from projects.detr_distill.target_aware import TargetAwareDistillation
+from projects.detr_distill.teacher import load_teacher
 from projects.ks_detr.encoder import share_knowledge
 
 KINDS = (SelfAttentionDistillation, CrossAttentionDistillation, PredictionDistillation)
@@ -91,6 +94,32 @@ def test_other_detectors(kind):
     losses = train_step(distiller(kind(0), kind(1), d3etr()))
     assert all(losses[f"loss_{name}"].isfinite() for name in NAMES)
     assert losses["loss_prediction_class_group"] > 0
+
+
+def two_stage(seed):
+    torch.manual_seed(seed)
+    model = build_deformable(DEFORMABLE, {}, refine=True, two_stage=True)
+    model.backbone = PyramidBackbone()
+    return model
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("kind", [deformable, two_stage])
+def test_a_deformable_teacher_of_another_precision(tmp_path, kind, dtype):
+    """Where it looks and what it proposes needs float32."""
+    torch.save({"model": kind(1).state_dict()}, tmp_path / "teacher.pth")
+    teacher = load_teacher(kind(5), str(tmp_path / "teacher.pth"), dtype)
+    found, exact = (distiller(kind(0), model, [FitNet("memory")]) for model in (teacher, kind(1)))
+    loss = found(batch())["loss_fitnet"]
+    assert loss.item() == pytest.approx(exact(batch())["loss_fitnet"].item(), rel=0.05)
+
+
+def test_an_adamixer_sees_a_padded_batch_as_its_copy_does():
+    model = distiller(adamixer(0), adamixer(0), [FitNet()])
+    views = [model._view(side, tiny_adamixer.batch())[0] for side in (model.student, model.teacher)]
+    assert views[0].features.padding_masks is not None
+    for level, copied in zip(*(view.features.levels for view in views), strict=True):
+        torch.testing.assert_close(level, copied)
 
 
 def test_detectors_of_two_kinds():
@@ -212,9 +241,13 @@ def test_softmax_classes_have_the_fixed_group_alone():
     """Attention of queries that are the same on both sides needs no scores."""
     parts = both_groups(KINDS[:2])[2:]
     train_step(distiller(softmax_detector(), softmax_detector(), parts))
-    for part in (SelfAttentionDistillation(), PredictionDistillation("fixed")):
+    by_scores = TargetAwareDistillation(place="memory")
+    for part in (SelfAttentionDistillation(), PredictionDistillation("fixed"), by_scores):
         with pytest.raises(UserError, match=r"the student predicts .* softmax \(ce_loss\)"):
             distiller(softmax_detector(), softmax_detector(), [part])
+    with pytest.raises(UserError, match=r"student scores classes by ce_loss, .* by focal_loss"):
+        distiller(softmax_detector(), detector(1), [QueryPriorAssignment()])
+    train_step(distiller(softmax_detector(), softmax_detector(), [QueryPriorAssignment()]))
 
 
 def test_what_cannot_be_compared_is_said_at_once():
@@ -230,6 +263,8 @@ def test_what_cannot_be_compared_is_said_at_once():
         distiller(teacher=coarse, parts=[CrossAttentionDistillation()])
     with pytest.raises(UserError, match=r"has layers \[2\], the student's decoder has 0 to 1"):
         distiller(parts=[SelfAttentionDistillation(layers=[2])])
+    with pytest.raises(UserError, match=r"has layers \[\], expected some or None for all"):
+        distiller(parts=[SelfAttentionDistillation(layers=[])])
 
 
 def test_another_padding_is_noticed_in_its_step():

@@ -177,7 +177,7 @@ def test_masks_of_the_paper(recorded, case, form, name):
 
 
 def test_quality_of_matched_queries(recorded, case):
-    quality = TargetAwareDistillation("eq8").matched_quality(case.context, [0, 1])
+    quality = TargetAwareDistillation("eq8").query_quality(case.context, [0, 1])
     for stage in range(2):
         expected = recorded[f"paper/stage{stage}/quality_matched_only"]
         torch.testing.assert_close(quality[stage], expected, **EXACT)

@@ -8,10 +8,18 @@ from tiny_detectors import SETTINGS, StridedBackbone
 from tiny_distiller import BOXES, batch, detector, distiller, objectives, train_step
 from torch import nn
 
-from detectors.structures import STUDENT, Predictions, groups_of
+from detectors.structures import STUDENT, Matches, Predictions, groups_of
 from engine.errors import UserError
+from projects.detr_distill import logits
+from projects.detr_distill.distiller import Distiller
+from projects.detr_distill.fitnet import FitNet
+from projects.detr_distill.logits import LogitsDistillation
+from projects.detr_distill.matching import match_chosen
+from projects.detr_distill.measures import matched_quality
+from projects.detr_distill.query_prior import QueryPriorAssignment
 from projects.detr_distill.target_aware import TargetAwareDistillation
 from projects.detr_distill.teacher import load_teacher
+from projects.detr_distill.timing import StepClock
 from projects.ks_detr.encoder import share_knowledge
 
 
@@ -163,6 +171,80 @@ def test_metrics_are_measured():
     for who in ("student", "teacher"):
         assert 0 < metrics[f"{who}_quality"] < 1
         assert 0 <= metrics[f"{who}_instability_0"] <= 2 * SETTINGS["num_queries"]
+
+
+def test_boxes_of_a_few_pixels_are_found_as_well_as_large_ones():
+    size = torch.tensor([[0.5, 0.5, 4 / 1333, 4 / 800]])
+    targets = [{"labels": torch.tensor([2]), "boxes": size}]
+    matches = Matches(*(torch.zeros(shape, dtype=torch.long) for shape in ((1,), (1, 1), (1, 1))))
+    scores = torch.full((1, 1, 1, 5), 0.25)
+    quality = matched_quality(scores, size[None, None], matches, targets)
+    assert quality.item() == pytest.approx(0.5)
+
+
+def test_a_group_is_weighted_as_the_students_own_losses():
+    student = detector()
+    student.criterion.weight_dict = {"loss_bbox": 5.0, "loss_giou": 2.0, "loss_bbox_0": 0.0}
+    losses = train_step(distiller(student, parts=[QueryPriorAssignment()]))
+    assert losses["loss_group_class"] > 0
+    half = [losses["loss_group_bbox"]]
+    student.criterion.weight_dict["loss_bbox_0"] = 5.0
+    half.append(distiller(student, parts=[QueryPriorAssignment()])(batch())["loss_group_bbox"])
+    assert 0 < half[0] < half[1]
+
+
+def test_what_is_learned_beside_the_student_is_where_the_student_is():
+    model = Distiller(
+        detector(0, embed_dim=16).double(), detector(1).double(), [FitNet("memory")]
+    ).train()
+    train_step(model)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "joint", "positive_class": False}, "mode 'joint' has no positives or negatives"),
+        (dict.fromkeys(("positive_class", "positive_boxes", "negative_boxes"), False), "all of"),
+    ],
+)
+def test_switches_of_nothing_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        LogitsDistillation(**options)
+
+
+def test_negatives_that_teach_nothing_are_not_matched(monkeypatch):
+    counts = []
+    monkeypatch.setattr(logits, "match_chosen", lambda p: counts.append(len(p)) or match_chosen(p))
+    for part in (LogitsDistillation(), LogitsDistillation(negative_boxes=False)):
+        losses = train_step(distiller(parts=[part]))
+    assert counts == [2, 1]
+    assert "loss_logits_positive_bbox" in losses
+    assert not any("negative" in name for name in losses)
+
+
+class Event:
+    """As a device's; time passes when it is made."""
+
+    def __init__(self, time):
+        self.time, self.waited_for = time, False
+
+    def synchronize(self):
+        self.waited_for = True
+
+    def elapsed_time(self, end):
+        return end.time - self.time
+
+
+def test_the_clock_does_not_wait_for_the_step_before(monkeypatch):
+    events = [Event(time) for time in (0, 1, 4, 6, 10, 11)]
+    following = iter(events)
+    monkeypatch.setattr(StepClock, "_now", staticmethod(lambda device: next(following)))
+    clock = StepClock()
+    for _ in range(3):
+        clock.start_step(torch.device("cuda"))
+        clock.stop_teacher()
+    assert clock.teacher_share == 1 / 4
+    assert [event.waited_for for event in events] == [False, True, True, False, False, False]
 
 
 @pytest.mark.parametrize("aux_loss", [True, False])

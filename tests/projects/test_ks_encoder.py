@@ -5,6 +5,7 @@ import torch
 from recorded_entries import Recording, matches
 from torch import nn
 
+from detectors.adamixer import NoEncoder
 from detectors.attention import SelfAttention
 from detectors.dab_detr import DABEncoder
 from detectors.deformable_attention import DeformableSelfAttention
@@ -336,7 +337,14 @@ def test_wrong_options_are_refused(options, error):
     assert type(encoder.layers[-1].attentions[0]) is SelfAttention
 
 
+def test_teachers_are_where_the_encoder_is():
+    encoder = share_knowledge(make_encoder("conditional").double())
+    assert {parameter.dtype for parameter in encoder.parameters()} == {torch.float64}
+
+
 def test_only_plain_layers_are_extended():
+    with pytest.raises(TypeError, match="NoEncoder is no Encoder"):
+        share_knowledge(NoEncoder(8))
     encoder = share_knowledge(make_encoder("conditional", 3))
     with pytest.raises(TypeError, match="has KnowledgeSharingAttention"):
         share_knowledge(encoder)
