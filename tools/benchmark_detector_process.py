@@ -1,4 +1,4 @@
-r"""Contenders in processes of their own: how long their calls take, or how much memory one takes.
+r"""Contenders in processes of their own: time of their calls and of a step's parts, or memory.
 
 A process has one allocator. This project's runs have it keep what is freed; other packages' do not.
 
@@ -18,7 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,17 @@ import torch
 
 from engine.errors import UserError
 from engine.memory import keep_freed_memory
-from tools.benchmark_detector_cases import BASELINE, OURS, Case, Subject, prepare, run_of
+from tools.benchmark_detector_cases import (
+    BASELINE,
+    OURS,
+    STEPS,
+    TIME,
+    Case,
+    Subject,
+    prepare,
+    run_of,
+)
+from tools.benchmark_detector_steps import StepTime, busiest_operators, step_times
 from tools.benchmark_memory import peak_of_process
 from tools.benchmark_peers import Unavailable
 
@@ -50,11 +60,26 @@ def peak(case: Case, contender: str, detrex_root: Path | None) -> int:
     """
     # so that the allocator keeps nothing which the call could fill unnoticed
     environment = {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    with _start("memory", case, contender, detrex_root, environment) as (process, why):
+    with _start(case, contender, detrex_root, environment) as (process, why):
         output, _ = process.communicate()
         if process.returncode:
             raise Unavailable(why())
     return json.loads(output.splitlines()[-1])
+
+
+def steps(case: Case, repeats: int) -> tuple[list[list[StepTime]], list[tuple[str, float]]]:
+    """Our times of a training step's parts in each round, and its busiest operators.
+
+    Raises:
+        UserError: the process ended.
+    """
+    options = {"keep": True, "repeats": repeats}
+    with _start(case, OURS, None, {}, options) as (process, why):
+        output, _ = process.communicate()
+        if process.returncode:
+            raise UserError(f"{case.name}: the process of {OURS} ended: {why()}")
+    rounds, operators = json.loads(output.splitlines()[-1])
+    return [[StepTime(*time) for time in times] for times in rounds], [*map(tuple, operators)]
 
 
 @contextmanager
@@ -76,7 +101,7 @@ def callers(
         calls: dict[str, Callable[[], None]] = {}
         for name in contenders:
             keeps = {"keep": all_keep or name in (OURS, BASELINE)}
-            started = _start("time", case, name, detrex_root, {}, keeps)
+            started = _start(case, name, detrex_root, {}, keeps)
             process, why = stack.enter_context(started)
             _wait(READY, case, name, process, why)
             calls[name] = partial(_call, case, name, process, why)
@@ -103,7 +128,6 @@ def _wait(
 
 @contextmanager
 def _start(
-    measure: str,
     case: Case,
     contender: str,
     detrex_root: Path | None,
@@ -112,7 +136,7 @@ def _start(
 ) -> Iterator[tuple[subprocess.Popen, Callable[[], str]]]:
     """A process, and what tells why it ended."""
     request = {
-        "measure": measure,
+        "measure": case.measure,
         "subject": asdict(case.subject),
         "contender": contender,
         "size": case.size,
@@ -162,8 +186,14 @@ def main() -> None:
         model = contest.models[contender]
         images, work = request["images"], request["work"]
         run = run_of(model, contest.items(request["size"], images), work)
-        if request["measure"] == "time":
+        if request["measure"] == TIME:
             _serve(run)
+        elif request["measure"] == STEPS:
+            items = contest.items(request["size"], images)
+            step_times(contest.ours, items)  # warms up
+            rounds = [step_times(contest.ours, items) for _ in range(request["repeats"])]
+            times = [[astuple(time) for time in times] for times in rounds]
+            print(json.dumps([times, busiest_operators(run)]))
         else:
             # starts threads and loads libraries
             run_of(model, contest.items(WARM_UP, images), work)()

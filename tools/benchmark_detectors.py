@@ -35,7 +35,6 @@ import projects  # first: makes detectron2 importable
 import torch
 
 from engine.errors import UserError, exit_code_of
-from engine.memory import keep_freed_memory
 from ops._library import backend, cpu_capability
 from tools.benchmark_detector_cases import (
     BASELINE,
@@ -49,11 +48,9 @@ from tools.benchmark_detector_cases import (
     check_agreement,
     over,
     prepare,
-    run_of,
 )
-from tools.benchmark_detector_process import callers, peak
+from tools.benchmark_detector_process import callers, peak, steps
 from tools.benchmark_detector_report import Row, screen, verdict, write
-from tools.benchmark_detector_steps import busiest_operators, step_times
 from tools.benchmark_measure import Budget, interleave, ratios, spread
 from tools.benchmark_ops import COMPLETE_RUN_FOLDER, Parser, installed_version, processor, select
 from tools.benchmark_peers import Unavailable
@@ -116,17 +113,15 @@ def memory_rows(case: Case, detrex_root: Path | None) -> list[Row]:
     return rows
 
 
-def step_rows(case: Case, contest: Contest, repeats: int) -> list[Row]:
+def step_rows(case: Case, repeats: int) -> list[Row]:
     """Where ours spends the time of a training step, by method and by operator."""
-    model, items = contest.ours, contest.items(case.size, case.images)
-    step_times(model, items)  # warms up
-    rounds = [step_times(model, items) for _ in range(repeats)]
+    rounds, operators = steps(case, repeats)
     rows = []
     for values in zip(*rounds, strict=True):
         for part in ("forward", "backward"):
             summary = spread([1000 * getattr(value, part) for value in values])
             rows.append(Row(case.name, values[0].step, part, repeats, *vars(summary).values()))
-    for operator, share in busiest_operators(run_of(model, items, case.work)):
+    for operator, share in operators:
         rows.append(Row(case.name, operator, "share", 1, share, share, share))
     return rows
 
@@ -191,6 +186,7 @@ def describe(args: argparse.Namespace) -> dict[str, str]:
         "rounds": f"{args.repeats} a case",
         **({"only": f"`{args.only}`"} if args.only else {}),
         **({"quick": "tiny images, which prove nothing"} if args.quick else {}),
+        "freed memory": "kept by " + ("all" if args.all_keep_memory else "ours"),
         "required": "ratios are set for two cores",
         "date": time.strftime("%Y-%m-%d"),
     }
@@ -212,9 +208,7 @@ def run(args: argparse.Namespace) -> None:
         print("\n".join(names))
         return
     torch.set_num_threads(args.threads)
-    kept = "kept by " + ("all" if args.all_keep_memory else "ours")
-    kept = kept if keep_freed_memory() else "as the C library does"
-    header = describe(args) | {"freed memory": kept}
+    header = describe(args)
     print("\n".join(f"{name:14} {value}" for name, value in header.items()), end="\n\n")
     rows: list[Row] = []
     files: list[Path] = []
@@ -246,10 +240,10 @@ def _measure(cases: Sequence[Case], args: argparse.Namespace) -> Iterator[list[R
             if case.measure == MEMORY:
                 yield memory_rows(case, args.detrex_root)
                 continue
-            contest = contest or prepare(subject, args.detrex_root)
             if case.measure == STEPS:
-                yield step_rows(case, contest, args.repeats)
+                yield step_rows(case, args.repeats)
                 continue
+            contest = contest or prepare(subject, args.detrex_root)
             rows = time_rows(case, contest, args)
             for name, reason in contest.unavailable.items():
                 rows.append(_bounded(case, Row(case.name, name, note=reason)))

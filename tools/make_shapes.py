@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from PIL import Image
 
+from engine.errors import UserError, exit_code_of
 from tools.shapes_drawing import OUTLINES
 from tools.shapes_scene import SPLITS, Settings, draw_image
 
@@ -224,7 +225,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         written = generate(settings, args.output, args.workers, args.overwrite)
     except OSError as error:
-        raise SystemExit(f"make_shapes: {error}") from None
+        raise UserError(str(error)) from None
     count = f"{settings.train_images} + {settings.val_images} images in {args.output}"
     if written:
         print(f"{count}, {time.perf_counter() - start:.1f} s")
@@ -233,4 +234,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code_of(main))

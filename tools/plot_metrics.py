@@ -6,15 +6,20 @@ python tools/plot_metrics.py --output-dir output/quickstart
 import argparse
 import json
 import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+
+from engine.errors import UserError, exit_code_of
 
 # A decoder layer's loss is a term of its branch's curve, not a curve.
 _LAYER = re.compile(r"_\d+(?=_|$)")
@@ -169,13 +174,13 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         records = read_metrics(args.output_dir / "metrics.json")
     except OSError as error:
-        raise SystemExit(f"plot_metrics: {error}") from None
+        raise UserError(str(error)) from None
     if not records:
-        raise SystemExit(f"plot_metrics: {args.output_dir / 'metrics.json'} holds no record")
+        raise UserError(f"{args.output_dir / 'metrics.json'} holds no record")
     path = args.output_dir / "curves.png"
     plot(records, path)
     print(f"curves: {path}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code_of(main))

@@ -11,8 +11,13 @@ import json
 import os
 import random
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from engine.errors import UserError, exit_code_of
 
 OTHER = {"train2017": "val2017", "val2017": "train2017", "train": "val", "val": "train"}
 
@@ -94,7 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
         for split in splits:
             write_subset(content, args.source / args.split, args.output, split)
     except (OSError, ValueError) as error:
-        raise SystemExit(f"subset_coco: {error}") from None
+        raise UserError(str(error)) from None
     print(
         f"{args.images} images with {len(content['annotations'])} annotations "
         f"as {' and '.join(splits)} in {args.output}"
@@ -102,4 +107,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code_of(main))

@@ -21,6 +21,7 @@ from detectron2.config import LazyConfig
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image, ImageDraw, ImageFont
 
+from engine.errors import UserError, exit_code_of
 from engine.registration import register_shapes
 
 TRUTH, PREDICTION, CROWD = (70, 230, 90), (255, 90, 40), (150, 150, 150)
@@ -159,11 +160,11 @@ def main(arguments: list[str] | None = None) -> None:
         results = find_results(args.output_dir)
         picture = draw_dataset(args.dataset, results, args.images, args.columns, args.threshold)
     except (OSError, ValueError) as error:
-        raise SystemExit(f"visualize_predictions: {error}") from None
+        raise UserError(str(error)) from None
     path = args.output_dir / "predictions.png"
     picture.save(path)
     print(f"predictions: {path}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code_of(main))

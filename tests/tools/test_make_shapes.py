@@ -15,6 +15,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
+from engine.errors import UserError
 from tools.make_shapes import PRESETS, generate, main, parse
 from tools.shapes_drawing import OUTLINES, clip_polygon, polygon_area, polygon_layer, transform
 from tools.shapes_scene import Scene, Settings, draw_image
@@ -79,7 +80,7 @@ def test_second_call_does_nothing_and_other_parameters_are_refused(tmp_path, cap
     main([*arguments, "--workers", "1"])
     assert "already there" in capsys.readouterr().out
     assert {p: p.stat().st_mtime_ns for p in output.rglob("*")} == before
-    with pytest.raises(SystemExit, match="seed 0 instead of 7"):
+    with pytest.raises(UserError, match="seed 0 instead of 7"):
         main([*arguments, "--seed", "7"])
     main([*arguments, "--seed", "7", "--overwrite", "--workers", "1"])
     assert json.loads((output / "generation.json").read_text())["seed"] == 7

@@ -3,6 +3,7 @@ import json
 import pytest
 from PIL import Image
 
+from engine.errors import UserError
 from tools import plot_metrics
 
 
@@ -113,8 +114,8 @@ def test_a_teacher_alone_has_no_gap(tmp_path, monkeypatch):
 
 
 def test_errors_are_one_line(tmp_path):
-    with pytest.raises(SystemExit, match=r"metrics\.json"):
+    with pytest.raises(UserError, match=r"metrics\.json"):
         plot_metrics.main(["--output-dir", str(tmp_path)])
     (tmp_path / "metrics.json").write_text('{"half')
-    with pytest.raises(SystemExit, match="holds no record"):
+    with pytest.raises(UserError, match="holds no record"):
         plot_metrics.main(["--output-dir", str(tmp_path)])

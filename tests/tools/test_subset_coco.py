@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.errors import UserError
 from tools import subset_coco
 
 
@@ -90,12 +91,12 @@ def test_copies_where_links_do_not_work_and_may_run_again(tmp_path, monkeypatch)
 
 def test_errors_are_one_line(tmp_path):
     source = write_coco(tmp_path / "coco")
-    with pytest.raises(SystemExit, match=r"--images 9, expected 1 to the 8 images"):
+    with pytest.raises(UserError, match=r"--images 9, expected 1 to the 8 images"):
         run(source, tmp_path / "tiny", "--images", "9")
-    with pytest.raises(SystemExit, match="instances_val2017"):
+    with pytest.raises(UserError, match="instances_val2017"):
         run(source, tmp_path / "tiny", "--split", "val2017")
     (source / "train2017" / "000.jpg").unlink()
-    with pytest.raises(SystemExit, match=r"000\.jpg"):
+    with pytest.raises(UserError, match=r"000\.jpg"):
         run(source, tmp_path / "tiny", "--images", "8")
     assert not (tmp_path / "tiny" / "annotations").exists()  # written last
     with pytest.raises(SystemExit):
@@ -107,5 +108,5 @@ def test_file_names_cannot_leave_the_folder(tmp_path):
     content = read(source)
     content["images"][0]["file_name"] = "../../outside.jpg"
     (source / "annotations" / "instances_train2017.json").write_text(json.dumps(content))
-    with pytest.raises(SystemExit, match="expected a path below"):
+    with pytest.raises(UserError, match="expected a path below"):
         run(source, tmp_path / "tiny", "--images", "1")

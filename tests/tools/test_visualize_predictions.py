@@ -6,6 +6,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from PIL import Image
 
+from engine.errors import UserError
 from tools import visualize_predictions as vis
 
 
@@ -100,7 +101,7 @@ def test_spread_covers_the_list():
 
 
 def test_errors_are_one_line(dataset, tmp_path_factory):
-    with pytest.raises(SystemExit, match=r"nonsense is not one of .*drawn"):
+    with pytest.raises(UserError, match=r"nonsense is not one of .*drawn"):
         vis.main(["--output-dir", str(dataset), "--dataset", "nonsense"])
-    with pytest.raises(SystemExit, match="evaluate first"):
+    with pytest.raises(UserError, match="evaluate first"):
         vis.main(["--output-dir", str(tmp_path_factory.mktemp("none")), "--dataset", "drawn"])
