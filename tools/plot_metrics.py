@@ -112,18 +112,14 @@ def _plot_precision(axes: Axes, records: list[dict[str, Any]]) -> None:
         iterations, values = series(records, f"bbox/{name}")
         if iterations:
             drawn = True
-            _plot_measured(axes, iterations, values, name)
+            axes.plot(iterations, values, marker="o", markersize=4, label=name)
+            place = iterations[-1], values[-1]
+            axes.annotate(f"{values[-1]:.1f}", place, (5, 3), textcoords="offset points")
     if drawn:
         axes.legend(fontsize="small")
     else:
         axes.text(0.5, 0.5, "no evaluation yet", ha="center", transform=axes.transAxes)
     _finish_precision(axes, "COCO box AP")
-
-
-def _plot_measured(axes: Axes, iterations: list[int], values: list[float], label: str) -> None:
-    axes.plot(iterations, values, marker="o", markersize=4, label=label)
-    place = iterations[-1], values[-1]
-    axes.annotate(f"{values[-1]:.1f}", place, (5, 3), textcoords="offset points")
 
 
 def _finish_precision(axes: Axes, label: str) -> None:
@@ -137,10 +133,10 @@ def _plot_branches(axes: Axes, records: list[dict[str, Any]], branches: list[str
     student = dict(zip(*series(records, "student/bbox/AP"), strict=True))
     for name in branches:
         iterations, values = series(records, f"{name}/bbox/AP")
-        label = name
+        label = f"{name} {values[-1]:.1f}"  # at the curves' ends they would cover one another
         if name != "student" and iterations[-1] in student:
             label += f" ({values[-1] - student[iterations[-1]]:+.1f})"
-        _plot_measured(axes, iterations, values, label)
+        axes.plot(iterations, values, marker="o", markersize=4, label=label)
     axes.legend(fontsize="small")
     _finish_precision(axes, "COCO box AP by branch")
 
