@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ops import Linear, linear
+
 from .late_maps import LateMap, LateMaps
 from .lean import lean_attention
 from .structures import Branch, EncoderContext, repeat_rows
@@ -114,7 +116,7 @@ class PackedProjection(nn.Module):
         super().__init__()
         self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * embed_dim))
-        self.out_proj = nn.Linear(embed_dim, embed_dim)
+        self.out_proj = Linear(embed_dim, embed_dim)
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
@@ -144,9 +146,9 @@ class _PackedSelfAttention(_PackedAttention):
         rows, channels = self.attn.in_proj_weight, self.embed_dim
         bias = self.attn.in_proj_bias
         positions = repeat_rows(positions, tokens)
-        positioned = F.linear(tokens + positions, rows[: 2 * channels], bias[: 2 * channels])
+        positioned = linear(tokens + positions, rows[: 2 * channels], bias[: 2 * channels])
         query, key = positioned.split(channels, dim=-1)
-        value = F.linear(tokens, rows[2 * channels :], bias[2 * channels :])
+        value = linear(tokens, rows[2 * channels :], bias[2 * channels :])
         heads = self.num_heads
         return split_heads(query, heads), split_heads(key, heads), split_heads(value, heads)
 
@@ -223,7 +225,7 @@ class QueryCrossAttention(_PackedAttention):
         inputs = (content + repeat_rows(position, content), memory + memory_position, memory)
         rows, biases = self.attn.in_proj_weight.chunk(3), self.attn.in_proj_bias.chunk(3)
         query, key, value = (
-            split_heads(F.linear(tokens, row, bias), self.num_heads)
+            split_heads(linear(tokens, row, bias), self.num_heads)
             for tokens, row, bias in zip(inputs, rows, biases, strict=True)
         )
         return repeat_rows(query, memory), key, value
@@ -264,12 +266,12 @@ class _ConditionalAttention(nn.Module):
         check_heads(embed_dim, num_heads)
         self.num_heads = num_heads
         self.dropout = dropout
-        self.query_content_proj = nn.Linear(embed_dim, embed_dim)
-        self.query_pos_proj = nn.Linear(embed_dim, embed_dim)
-        self.key_content_proj = nn.Linear(embed_dim, embed_dim)
-        self.key_pos_proj = nn.Linear(embed_dim, embed_dim)
-        self.value_proj = nn.Linear(embed_dim, embed_dim)
-        self.out_proj = nn.Linear(embed_dim, embed_dim)
+        self.query_content_proj = Linear(embed_dim, embed_dim)
+        self.query_pos_proj = Linear(embed_dim, embed_dim)
+        self.key_content_proj = Linear(embed_dim, embed_dim)
+        self.key_pos_proj = Linear(embed_dim, embed_dim)
+        self.value_proj = Linear(embed_dim, embed_dim)
+        self.out_proj = Linear(embed_dim, embed_dim)
 
 
 class ConditionalSelfAttention(_ConditionalAttention):
@@ -324,7 +326,7 @@ class ConditionalCrossAttention(_ConditionalAttention):
         self.first_layer = first_layer
         if not first_layer:
             del self.query_pos_proj
-        self.query_pos_sine_proj = nn.Linear(embed_dim, embed_dim)
+        self.query_pos_sine_proj = Linear(embed_dim, embed_dim)
 
     def forward(
         self,

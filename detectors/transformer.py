@@ -193,6 +193,9 @@ def feed_forward(
         if type(hidden) is nn.PReLU:
             hidden.__class__ = LeanPReLU
     network = FeedForward(embed_dim, feedforward_dim, ffn_drop=dropout, activation=hidden)
+    for module in network.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = ops.Linear
     if activation is None:
         network.layers[0][2] = nn.Identity()  # what drops is the activation
     return network

@@ -5,11 +5,14 @@ from .deformable_attention import multi_scale_deformable_attention
 from .deformable_module import MultiScaleDeformableAttention
 from .dropout import dropout_add, relu_dropout
 from .gaussian_attention import gaussian_attention
+from .linear_layer import Linear, linear
 
 __all__ = [
+    "Linear",
     "MultiScaleDeformableAttention",
     "dropout_add",
     "gaussian_attention",
+    "linear",
     "linear_sum_assignment",
     "multi_scale_deformable_attention",
     "relu_dropout",

@@ -13,7 +13,7 @@ def describe() -> list[str]:
     devices = ["cpu", "cuda"]
     lines = [f"{'operator':34}{''.join(f'{device:12}' for device in devices)}".rstrip()]
     for name in names:
-        if name[0].islower():
+        if hasattr(torch.ops.detr_methods, name):  # not layers, nor what is PyTorch's
             used = [backend(name, device) for device in devices]
             lines.append(f"{name:34}{''.join(f'{backend:12}' for backend in used)}".rstrip())
     lines.append("")

@@ -6,13 +6,13 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ._checks import match_shape
 from .deformable_attention import Sizes, multi_scale_deformable_attention
 from .dropout import dropout_add
+from .linear_layer import Linear, linear
 
 
 class MultiScaleDeformableAttention(nn.Module):
@@ -57,10 +57,10 @@ class MultiScaleDeformableAttention(nn.Module):
         self.batch_first = batch_first
         self.dropout = nn.Dropout(dropout)
         samples = num_heads * num_levels * num_points
-        self.sampling_offsets = nn.Linear(embed_dim, samples * 2)
-        self.attention_weights = nn.Linear(embed_dim, samples)
-        self.value_proj = nn.Linear(embed_dim, embed_dim)
-        self.output_proj = nn.Linear(embed_dim, embed_dim)
+        self.sampling_offsets = Linear(embed_dim, samples * 2)
+        self.attention_weights = Linear(embed_dim, samples)
+        self.value_proj = Linear(embed_dim, embed_dim)
+        self.output_proj = Linear(embed_dim, embed_dim)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -193,7 +193,7 @@ class MultiScaleDeformableAttention(nn.Module):
             size = torch.as_tensor(spatial_shapes, device=query.device).flip(-1)  # (V, 2), (w, h)
             unit = self._for_points(size.to(layer.weight.dtype).reciprocal())
             unit = unit.expand(self.num_heads, -1).flatten()
-            offsets = F.linear(query, layer.weight * unit[:, None], layer.bias * unit)
+            offsets = linear(query, layer.weight * unit[:, None], layer.bias * unit)
             locations = offsets.unflatten(-1, (self.num_heads, -1)) + centers
         return locations.unflatten(-1, (self.num_levels, self.num_points, 2))
 

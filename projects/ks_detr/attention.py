@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detectors.attention import SelfAttention, allow_unpadded, attend, merge_heads, split_heads
 from detectors.structures import Branch, EncoderContext, repeat_rows
+from ops import linear
 
 from .teacher import Teacher, batch_of
 
@@ -30,11 +30,11 @@ class DenseTeacher(Teacher):
         query_key, value = None, []
         if self.teaches("share_v"):
             rows = slice(2 * channels)
-            query, key = F.linear(positioned, weight[rows], bias[rows]).split(channels, dim=-1)
+            query, key = linear(positioned, weight[rows], bias[rows]).split(channels, dim=-1)
             query_key = query, key
         if self.teaches("share_a"):
             rows = slice(len(weight) - channels, None)
-            value = [F.linear(features, weight[rows], bias[rows])]
+            value = [linear(features, weight[rows], bias[rows])]
         return query_key, value
 
 

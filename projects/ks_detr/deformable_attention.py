@@ -24,9 +24,9 @@ class DeformableTeacher(Teacher):
             self.value_proj = _linear(student.embed_dim, student.embed_dim)
 
 
-def _linear(inputs: int, outputs: int) -> nn.Linear:
+def _linear(inputs: int, outputs: int) -> ops.Linear:
     """Initialised as the transformer does, also outside of one."""
-    layer = nn.Linear(inputs, outputs)
+    layer = ops.Linear(inputs, outputs)
     nn.init.xavier_uniform_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer

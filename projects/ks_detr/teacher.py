@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detectors.structures import STUDENT, Branch, EncoderContext, repeat_rows
+from ops import Linear
 
 from .foreground import Interpolation, foreground_mask
 
@@ -23,7 +24,7 @@ class ForegroundMLP(nn.Module):
 
     def __init__(self, embed_dim: int):
         super().__init__()
-        self.linear = nn.Linear(embed_dim, embed_dim)
+        self.linear = Linear(embed_dim, embed_dim)
 
     def init_weights(self) -> None:
         """PyTorch's default for linear layers, not the transformer's Xavier."""

@@ -1,0 +1,54 @@
+"""Linear layers, for many tokens on the CPU by oneDNN."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FEWEST_PRODUCTS, FEWEST_CHANNELS = 2**28, 64
+"""Multiply-adds and channels below which PyTorch's own way is as fast."""
+
+
+def linear(tokens: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear``, for many tokens on the CPU in float32 as a convolution of one pixel.
+
+    PyTorch leaves products of matrices to MKL, which is at its best on Intel's processors alone,
+    and convolutions to oneDNN. Results are the same up to rounding.
+
+    Args:
+        tokens: (..., K), of any layout.
+        weight: (N, K).
+        bias: (N,).
+
+    Returns:
+        (..., N).
+    """
+    if not _is_faster_as_convolution(tokens, weight):
+        return F.linear(tokens, weight, bias)
+    image = tokens.reshape(1, 1, -1, tokens.shape[-1]).permute(0, 3, 1, 2)  # channels last
+    output = F.conv2d(image, weight[:, :, None, None], bias)
+    return output.permute(0, 2, 3, 1).reshape(*tokens.shape[:-1], len(weight))
+
+
+def _is_faster_as_convolution(tokens: Tensor, weight: Tensor) -> bool:
+    if torch.jit.is_tracing() or torch.compiler.is_compiling():
+        return False  # other sizes may come, and compilers choose themselves
+    return (
+        tokens.device.type == "cpu"
+        and tokens.dtype == torch.float32
+        and tokens.numel() * len(weight) >= FEWEST_PRODUCTS
+        and min(weight.shape) >= FEWEST_CHANNELS
+        and torch.get_num_threads() > 1  # PyTorch's convolution of one image is its own otherwise
+        and torch.backends.mkldnn.is_available()
+        and bool(torch.backends.mkldnn.enabled)
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+class Linear(nn.Linear):
+    """PyTorch's layer by :func:`linear`."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(..., K) to (..., N)."""
+        return linear(tokens, self.weight, self.bias)
