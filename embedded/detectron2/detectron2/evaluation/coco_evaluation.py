@@ -169,12 +169,14 @@ class COCOEvaluator(DatasetEvaluator):
         PathManager.mkdirs(self._output_dir)
         path = os.path.join(self._output_dir, file_name)
         self._logger.info("Writing detections to %s", path)
+        unfinished = f"{path}.part"
         if file_name.endswith(".json"):
-            with PathManager.open(path, "w") as file:
-                json.dump(content, file)
+            with PathManager.open(unfinished, "w") as file:
+                file.write(json.dumps(content))  # to a string: json.dump's encoder is slow
         else:
-            with PathManager.open(path, "wb") as file:
+            with PathManager.open(unfinished, "wb") as file:
                 torch.save(content, file)
+        os.replace(unfinished, path)  # a file is complete whenever it exists
 
     def _evaluate_boxes(
         self, detections: list[dict], img_ids: Sequence[int] | None
