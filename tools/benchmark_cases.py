@@ -10,12 +10,27 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import ops
 from ops.gaussian_attention import reference as augmented_attention
 from tools import benchmark_peers as peers
-from tools.benchmark_roofline import Work, assignment_work, deformable_work, gaussian_work
+from tools.benchmark_inputs import (
+    Sizes,
+    deformable_inputs,
+    gaussian_inputs,
+    linear_inputs,
+    matcher_inputs,
+    random_tensor,
+)
+from tools.benchmark_roofline import (
+    Work,
+    assignment_work,
+    deformable_work,
+    gaussian_work,
+    linear_work,
+)
 
 OURS = "ours"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -48,43 +63,6 @@ def required(device: str, case: str, peer: str) -> float | None:
         if name == peer and fnmatchcase(case, pattern):
             return ratio
     return None
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Shapes of all cases; the defaults are those of detectors on 800 x 1066 pixels."""
-
-    heads: int = 8
-    channels: int = 32
-    points: int = 4
-    levels: tuple[tuple[int, int], ...] = ((100, 134), (50, 67), (25, 34), (13, 17))
-    encoder_batches: tuple[int, ...] = (1,)
-    decoder_queries: tuple[int, ...] = (300, 900)
-    decoder_batches: tuple[int, ...] = (1, 2, 8)
-    maps: tuple[tuple[int, int], ...] = ((25, 34), (50, 67))
-    map_queries: int = 300
-    map_batches: tuple[int, ...] = (1, 2)
-    matched_images: int = 16
-    matched_queries: int = 300
-    matched_targets: tuple[int, int] = (7, 100)
-    compiled_peers: bool = True
-
-
-QUICK = Sizes(
-    heads=2,
-    channels=8,
-    points=2,
-    levels=((6, 8), (3, 4)),
-    decoder_queries=(5,),
-    decoder_batches=(2,),
-    maps=((4, 5),),
-    map_queries=6,
-    map_batches=(2,),
-    matched_images=2,
-    matched_queries=6,
-    matched_targets=(1, 4),
-    compiled_peers=False,
-)
 
 
 @dataclass
@@ -140,6 +118,11 @@ def all_cases(sizes: Sizes, device: str) -> Iterator[Case]:
         whole = "padded" if padded else "whole"
         contest = partial(gaussian_contest, sizes, device, batch, shape, padded)
         yield from _variants(f"gaussian/{shape[0]}x{shape[1]}/B{batch}/{whole}", contest)
+    if device == "cpu":  # elsewhere it is PyTorch's
+        for (inputs, outputs), backward in itertools.product(sizes.linear, (False, True)):
+            passes = "forward+backward" if backward else "forward"
+            linear = partial(linear_contest, sizes, inputs, outputs, backward=backward)
+            yield Case(f"linear/{inputs}x{outputs}/{passes}", linear)
     yield Case("matcher/6_layers", partial(matcher_contest, sizes, device, (6,)))
     yield Case("matcher/6_layers_x_3_groups", partial(matcher_contest, sizes, device, (6, 3)))
 
@@ -221,6 +204,15 @@ def gaussian_contest(
     return contest
 
 
+def linear_contest(sizes: Sizes, inputs: int, outputs: int, *, backward: bool) -> Contest:
+    """A linear layer of an encoder; inputs as in :func:`linear_inputs`."""
+    leaves = linear_inputs(sizes, 1, inputs, outputs)
+    output = torch.Size((*leaves[0].shape[:2], outputs))
+    timed = partial(_pass, leaves=leaves, output=output, backward=backward)
+    contenders = {OURS: timed(ops.linear), "F.linear": timed(F.linear)}
+    return Contest(linear_work(*leaves, backward=backward), 1e-5, contenders)
+
+
 def matcher_contest(sizes: Sizes, device: str, layers: tuple[int, ...]) -> Contest:
     """Matching of all images and layers; inputs as in :func:`matcher_inputs`."""
     costs, targets = matcher_inputs(sizes, layers, device)
@@ -252,7 +244,7 @@ def _pass(
     """Make a call that returns the output, or with ``backward`` the gradients of the leaves."""
 
     leaves = tuple(leaf.detach().requires_grad_(backward) for leaf in leaves)
-    grad_output = _random(output, leaves[0].device.type).to(leaves[0])
+    grad_output = random_tensor(output, leaves[0].device.type).to(leaves[0])
 
     def forward() -> tuple[Tensor, ...]:
         with torch.no_grad():
@@ -262,101 +254,3 @@ def _pass(
         return torch.autograd.grad(function(*leaves), leaves, grad_output)
 
     return both if backward else forward
-
-
-# --- inputs -------------------------------------------------------------------------------------
-
-
-def _random(shape: Sequence[int], device: str, *, seed: int = 0, uniform: bool = False) -> Tensor:
-    """Numbers that depend on the seed alone, not on the device."""
-    draw = torch.rand if uniform else torch.randn
-    return draw(tuple(shape), generator=torch.Generator().manual_seed(seed)).to(device)
-
-
-def deformable_inputs(
-    sizes: Sizes, batch: int, queries: int | None, dtype: torch.dtype, device: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Values, locations and weights as a model makes them.
-
-    Locations are offsets of some two cells on each level around a reference point: in the encoder
-    (``queries`` None) the centre of a token's cell, in the decoder anywhere. Weights are a softmax.
-    Both stay in float32 beside a value in bfloat16, as under autocast.
-
-    Returns:
-        value (B, S, H, D) in ``dtype``, locations (B, N, H, V, P, 2), weights (B, N, H, V, P).
-    """
-    tokens = sum(height * width for height, width in sizes.levels)
-    value = _random((batch, tokens, sizes.heads, sizes.channels), device).to(dtype)
-    if queries is None:
-        points = torch.cat(
-            [
-                (peers.cell_coordinates((height, width), value.device) + 0.5)
-                / value.new_tensor([width, height], dtype=torch.float32)
-                for height, width in sizes.levels
-            ]
-        ).expand(batch, -1, -1)
-    else:
-        points = _random((batch, queries, 2), device, seed=1, uniform=True)
-    extents = points.new_tensor([(width, height) for height, width in sizes.levels])
-    shape = (*points.shape[:2], sizes.heads, len(sizes.levels), sizes.points)
-    offsets = 2 * _random((*shape, 2), device, seed=2) / extents[:, None]
-    locations = points[:, :, None, None, None] + offsets
-    weights = _random(shape, device, seed=3).flatten(3).softmax(-1).view(shape)
-    return value, locations, weights
-
-
-def gaussian_inputs(
-    sizes: Sizes,
-    batch: int,
-    shape: tuple[int, int],
-    padded: bool,
-    dtype: torch.dtype,
-    device: str,
-) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor | None]:
-    """Inputs as SMCA starts with: Gaussians of two to three cells, a head's centre near a query's.
-
-    Centers and precision stay in float32 beside bfloat16, as under autocast.
-
-    Returns:
-        query (B, H, N, D), key and value (B, H, S, D), centers and precision (B, H, N, 2); the mask
-        (B, S) of the right fifth of the map if ``padded``, else None.
-    """
-    height, width = shape
-    heads, queries, channels = sizes.heads, sizes.map_queries, sizes.channels
-    query = _random((batch, heads, queries, channels), device).to(dtype)
-    key, value = (
-        _random((batch, heads, height * width, channels), device, seed=seed).to(dtype)
-        for seed in (1, 2)
-    )
-    extent = torch.tensor([width, height], device=device)
-    centers = _random((batch, 1, queries, 2), device, seed=3, uniform=True) * extent
-    centers = centers + _random((batch, heads, queries, 2), device, seed=4)
-    sigma = 2 + _random((batch, heads, queries, 2), device, seed=5, uniform=True)
-    mask = None
-    if padded:
-        x = peers.cell_coordinates(shape, query.device)[:, 0]
-        mask = (x >= width - width // 5).expand(batch, -1).contiguous()
-    return (query, key, value, centers, 1 / (2 * sigma.square())), mask
-
-
-def matcher_inputs(sizes: Sizes, layers: tuple[int, ...], device: str) -> tuple[Tensor, list[int]]:
-    """Costs of class and boxes where half of the queries lie near some target.
-
-    Returns:
-        costs (*layers, N, T) and the targets of each image.
-    """
-    low, high = sizes.matched_targets
-    draw = _random((sizes.matched_images,), "cpu", uniform=True)
-    targets = (low + draw * (high + 1 - low)).long().tolist()
-    queries = sizes.matched_queries
-    blocks = []
-    for image, count in enumerate(targets):
-        seed = 10 * image
-        boxes = _random((count, 4), "cpu", seed=seed, uniform=True)
-        found = _random((*layers, queries, 4), "cpu", seed=seed + 1, uniform=True)
-        near = boxes[torch.arange(queries // 2) % count]
-        noise = _random((*layers, queries // 2, 4), "cpu", seed=seed + 2)
-        found[..., : queries // 2, :] = near + 0.05 * noise
-        classes = _random((*layers, queries, count), "cpu", seed=seed + 3, uniform=True)
-        blocks.append(5 * (found[..., None, :] - boxes).abs().sum(-1) - 2 * classes)
-    return torch.cat(blocks, dim=-1).to(device), targets

@@ -24,7 +24,8 @@ import projects  # noqa: F401  (makes detrex importable)
 import torch
 
 from ops import multi_scale_deformable_attention
-from tools.benchmark_cases import DTYPES, OURS, QUICK, Sizes, deformable_inputs
+from tools.benchmark_cases import DTYPES, OURS
+from tools.benchmark_inputs import QUICK, Sizes, deformable_inputs
 from tools.benchmark_peers import Unavailable, sampled_by_grid
 
 CONTENDERS = {OURS: multi_scale_deformable_attention, "grid_sample": sampled_by_grid}

@@ -36,7 +36,8 @@ import torch
 
 from engine.errors import UserError, exit_code_of
 from ops._library import backend, cpu_capability
-from tools.benchmark_cases import DTYPES, OURS, QUICK, Case, Contest, Sizes, all_cases, required
+from tools.benchmark_cases import DTYPES, OURS, Case, Contest, all_cases, required
+from tools.benchmark_inputs import QUICK, Sizes
 from tools.benchmark_measure import FEWEST_ROUNDS, Budget, interleave, ratios, spread
 from tools.benchmark_memory import CONTENDERS, encoder_peak
 from tools.benchmark_peers import Unavailable

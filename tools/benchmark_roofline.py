@@ -150,6 +150,26 @@ def gaussian_work(
     return Work(moved, flops, precision=precision)
 
 
+def linear_work(tokens: Tensor, weight: Tensor, bias: Tensor, *, backward: bool = False) -> Work:
+    """Count a linear layer: M * K * N multiply-adds, in the backward pass twice as many.
+
+    Moved: forward reads all three and writes the output; backward reads tokens, weight and the
+    output's gradient and writes three gradients.
+
+    Args:
+        tokens: (..., K).
+        weight: (N, K).
+        bias: (N,).
+        backward: count forward and backward.
+    """
+    rows = tokens.shape[:-1].numel()
+    inputs, output = tensor_bytes(tokens, weight, bias), rows * bias.numel() * bias.element_size()
+    flops = 2 * rows * weight.numel()
+    if not backward:
+        return Work(inputs + output, flops)
+    return Work(3 * inputs - tensor_bytes(bias) + 2 * output, 3 * flops)
+
+
 def assignment_work(costs: Tensor, sizes: list[int]) -> Work:
     """Count linear assignments: costs are read once, two int64 indices a pair written.
 

@@ -15,15 +15,17 @@ from ops.gaussian_attention import reference as gaussian_reference
 from tools import benchmark_memory, benchmark_ops, benchmark_peers, benchmark_report
 from tools.benchmark_cases import (
     OURS,
-    QUICK,
     REQUIRED,
     Contest,
-    Sizes,
     all_cases,
+    required,
+)
+from tools.benchmark_inputs import (
+    QUICK,
+    Sizes,
     deformable_inputs,
     gaussian_inputs,
     matcher_inputs,
-    required,
 )
 from tools.benchmark_measure import FEWEST_ROUNDS, Budget, Spread, interleave, ratios, spread
 from tools.benchmark_report import Row
@@ -35,6 +37,7 @@ from tools.benchmark_roofline import (
     bound,
     deformable_work,
     gaussian_work,
+    linear_work,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,6 +56,15 @@ def test_deformable_counts():
     both = deformable_work(value, locations, weights, backward=True)
     # forward 5040; backward reads 4800 and a gradient of 240, writes 4800
     assert both == Work(moved=5040 + 4800 + 240 + 4800, flops=24 * 360 * 4, gathered=3 * 11520)
+
+
+def test_linear_counts():
+    # 2 * 5 tokens, K 3, N 4: tokens 120 bytes, weight 48, bias 16, output 160
+    tensors = torch.zeros(2, 5, 3), torch.zeros(4, 3), torch.zeros(4)
+    assert linear_work(*tensors) == Work(moved=120 + 48 + 16 + 160, flops=2 * 10 * 3 * 4)
+    # backward reads tokens, weight and a gradient of 160, writes 184
+    both = linear_work(*tensors, backward=True)
+    assert both == Work(moved=344 + 120 + 48 + 160 + 184, flops=6 * 10 * 3 * 4)
 
 
 @pytest.mark.parametrize(("padding", "keys"), [(None, 12), (4, 8)])
@@ -155,7 +167,7 @@ def test_median_quartiles_and_paired_ratios():
 
 def test_cases_are_named_once_and_judged_where_something_is_required():
     names = [case.name for case in all_cases(Sizes(), "cpu")]
-    assert len(set(names)) == len(names) == 62
+    assert len(set(names)) == len(names) == 68
     assert required("cpu", "deformable_encoder/B1/float32/forward", "grid_sample") == 8
     assert required("cpu", "deformable_encoder/B1/float32/forward+backward", "grid_sample") == 6
     assert required("cpu", "deformable_decoder/N900/B1/float32/forward", "grid_sample") is None
@@ -411,7 +423,7 @@ def test_list_prints_names_alone(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--only", "deformabel"], "--only deformabel matches none of the 64 cases, see --list"),
+        (["--only", "deformabel"], "--only deformabel matches none of the 70 cases, see --list"),
         (["--threads", "0"], "--threads is 0, expected more than 0"),
         (["--repeats", "-1"], "--repeats is -1, expected more than 0"),
         (["--seconds", "nan"], "--seconds is nan, expected more than 0"),
