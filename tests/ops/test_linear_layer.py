@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ops import Linear, linear
+from detectors.attention import QuerySelfAttention
+from detectors.transformer import feed_forward
+from ops import Linear, MultiScaleDeformableAttention, linear
 from ops.linear_layer import FEWEST_CHANNELS, FEWEST_PRODUCTS
 
 INPUTS, OUTPUTS = 128, 256
@@ -29,11 +31,8 @@ class Convolutions(TorchDispatchMode):
 
 
 @pytest.fixture(autouse=True)
-def two_threads():
-    before = torch.get_num_threads()
+def two_threads(threads):
     torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def convolutions(tokens, weight, bias=None):
@@ -130,6 +129,23 @@ def test_traces_and_graphs_have_no_convolution():
     torch.testing.assert_close(compiled(tokens), layer(tokens), rtol=1e-5, atol=1e-5)
     assert len(graphs) == 1
     assert "conv2d" not in graphs[0]
+
+
+def test_transformers_multiply_so():
+    tokens = torch.randn(8, 512, 256)  # of 256 channels to 256 they are just enough
+    deformable = MultiScaleDeformableAttention(256, 8, 1, 16, batch_first=True)
+    references = torch.rand(8, 512, 1, 2)
+    runs = {
+        "hidden, output": lambda: feed_forward(256, 1024, 0.1, None)(tokens),
+        "queries and keys, values, output": lambda: QuerySelfAttention(256, 8)(tokens, tokens),
+        "offsets, values, output": lambda: deformable(
+            tokens, reference_points=references, spatial_shapes=[(16, 32)]
+        ),
+    }
+    for layers, run in runs.items():
+        with Convolutions() as counter:
+            run()
+        assert counter.count == len(layers.split(", ")), layers
 
 
 def test_weights_are_those_of_pytorchs_layer():

@@ -168,6 +168,20 @@ def test_written_files_hold_the_detections(records, tmp_path):
     assert evaluation.stats.tolist() == pytest.approx(FACTS["pycocotools_12_stats"])
 
 
+def test_a_file_that_is_not_finished_leaves_the_old_one(records, tmp_path, monkeypatch):
+    evaluate(records, DETECTIONS, output_dir=str(tmp_path))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def interrupted(content, file):
+        file.write(b"half of the ne")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(records, DETECTIONS[::3], output_dir=str(tmp_path))
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_dataset_without_json_file_is_converted(records, tmp_path):
     name = "test_converted"
     load_coco_json(str(GROUND_TRUTH), "images", name)

@@ -20,6 +20,7 @@ from detectron2.data._table import pair_table
 from detectron2.data.datasets import convert_to_coco_json
 from detectron2.structures import BoxMode, Instances
 from detectron2.utils import comm
+from detectron2.utils._whole_file import whole_file
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import create_small_table
 
@@ -169,14 +170,12 @@ class COCOEvaluator(DatasetEvaluator):
         PathManager.mkdirs(self._output_dir)
         path = os.path.join(self._output_dir, file_name)
         self._logger.info("Writing detections to %s", path)
-        unfinished = f"{path}.part"
         if file_name.endswith(".json"):
-            with PathManager.open(unfinished, "w") as file:
+            with whole_file(path, "w") as file:
                 file.write(json.dumps(content))  # to a string: json.dump's encoder is slow
         else:
-            with PathManager.open(unfinished, "wb") as file:
+            with whole_file(path, "wb") as file:
                 torch.save(content, file)
-        os.replace(unfinished, path)  # a file is complete whenever it exists
 
     def _evaluate_boxes(
         self, detections: list[dict], img_ids: Sequence[int] | None

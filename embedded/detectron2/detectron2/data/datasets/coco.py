@@ -15,6 +15,7 @@ from fvcore.common.timer import Timer
 from iopath.common.file_io import file_lock
 
 from detectron2.structures import BoxMode
+from detectron2.utils._whole_file import whole_file
 from detectron2.utils.file_io import PathManager
 
 from ..catalog import DatasetCatalog, MetadataCatalog
@@ -203,7 +204,9 @@ def convert_to_coco_json(dataset_name: str, output_file: str, allow_cached: bool
     with file_lock(output_file):  # several processes may need the same file
         is_missing = not PathManager.exists(output_file)
         if is_missing or not allow_cached:
-            _write_json(convert_to_coco_dict(dataset_name), output_file)
+            content = convert_to_coco_dict(dataset_name)
+            with whole_file(output_file, "w") as file:
+                json.dump(content, file)
             logger.info("Wrote the annotations of %s to %s", dataset_name, output_file)
             return
     logger.warning(
@@ -211,14 +214,6 @@ def convert_to_coco_json(dataset_name: str, output_file: str, allow_cached: bool
         dataset_name,
         output_file,
     )
-
-
-def _write_json(content: dict[str, Any], path: str) -> None:
-    """Write a file that is complete whenever it exists."""
-    unfinished = f"{path}.part"
-    with PathManager.open(unfinished, "w") as file:
-        json.dump(content, file)
-    os.replace(unfinished, path)
 
 
 def convert_to_coco_dict(dataset_name: str) -> dict[str, Any]:
