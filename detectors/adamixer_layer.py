@@ -18,9 +18,9 @@ from torch import Tensor, nn
 import ops
 
 from .attention import PackedProjection, attend, check_heads, merge_heads, split_heads
+from .feed_forward import feed_forward
 from .grid import computed_once
 from .structures import AttentionMaps
-from .transformer import feed_forward
 
 # --- positions ----------------------------------------------------------------------------------
 

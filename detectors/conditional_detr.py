@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from .attention import ConditionalCrossAttention, ConditionalSelfAttention
 from .decoder import CheckpointLayers, Decoder
 from .detr import DETR
+from .feed_forward import feed_forward
 from .structures import AttentionMaps, DecoderOutput, Memory, Queries, repeat_rows
-from .transformer import feed_forward
 
 
 class ConditionalDecoderLayer(nn.Module):

@@ -10,8 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 import ops
 
+from .feed_forward import checkpoint_feedforward
 from .structures import AttentionMaps
-from .transformer import checkpoint_feedforward
 
 CheckpointLayers = bool | Literal["wide"]
 

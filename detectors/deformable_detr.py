@@ -16,6 +16,7 @@ from .attention import QuerySelfAttention
 from .decoder import CheckpointLayers, Decoder
 from .deformable_attention import DeformableCrossAttention
 from .detector import Detector
+from .feed_forward import feed_forward
 from .heads import decode_boxes
 from .structures import (
     STUDENT,
@@ -30,7 +31,7 @@ from .structures import (
     Targets,
     repeat_rows,
 )
-from .transformer import Transformer, feed_forward
+from .transformer import Transformer
 
 
 class DeformableDecoderLayer(nn.Module):

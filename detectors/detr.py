@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from .attention import QueryCrossAttention, QuerySelfAttention
 from .decoder import CheckpointLayers, Decoder
 from .detector import Detector
+from .feed_forward import feed_forward
 from .structures import AttentionMaps, DecoderOutput, LearnedQueries, Memory, Queries
-from .transformer import feed_forward
 
 
 class DETRDecoderLayer(nn.Module):

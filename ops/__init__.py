@@ -4,6 +4,7 @@ from .assignment import linear_sum_assignment
 from .deformable_attention import multi_scale_deformable_attention
 from .deformable_module import MultiScaleDeformableAttention
 from .dropout import dropout_add, relu_dropout
+from .feed_forward import relu_feed_forward
 from .gaussian_attention import gaussian_attention
 from .linear_layer import Linear, linear
 
@@ -16,4 +17,5 @@ __all__ = [
     "linear_sum_assignment",
     "multi_scale_deformable_attention",
     "relu_dropout",
+    "relu_feed_forward",
 ]

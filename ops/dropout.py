@@ -102,6 +102,20 @@ def drop_(values: Tensor, p: float, seed: Tensor) -> Tensor:
     return values
 
 
+def relu_gradient_(grad_output: Tensor, output: Tensor, p: float) -> Tensor:
+    """Bring the gradient of :func:`relu_dropout` in place to its values, out of autograd's sight.
+
+    Args:
+        grad_output: (..., C) on the CPU, float32 or float64; overwritten.
+        output: (..., C), the result of :func:`relu_dropout`.
+        p: probability with which an element was dropped.
+
+    Returns:
+        The new gradient's sum over all axes but the last (C,).
+    """
+    return _operators.relu_dropout_backward_(grad_output, output, p)
+
+
 def reference(values: Tensor, residual: Tensor | None, p: float, seed: Tensor) -> Tensor:
     """The same as :func:`dropout_add` with a seed (1,), in plain PyTorch."""
     wide = torch.promote_types(values.dtype, torch.float32)
@@ -207,6 +221,7 @@ library.define("dropout_add(Tensor values, Tensor? residual, float p, Tensor see
 library.define("dropout_(Tensor(a!) values, float p, Tensor seed, bool relu) -> ()")
 library.define("relu_dropout(Tensor values, float p, Tensor seed) -> Tensor")
 library.define("relu_dropout_backward(Tensor grad_output, Tensor output, float p) -> Tensor")
+library.define("relu_dropout_backward_(Tensor(a!) grad_output, Tensor output, float p) -> Tensor")
 _operators = getattr(torch.ops, NAMESPACE)
 
 
@@ -224,6 +239,11 @@ def _reference_relu_backward(grad_output: Tensor, output: Tensor, p: float) -> T
     return scaled.masked_fill(output <= 0, 0).to(output.dtype)
 
 
+def _reference_relu_backward_in_place(grad_output: Tensor, output: Tensor, p: float) -> Tensor:
+    grad_output.copy_(_reference_relu_backward(grad_output, output, p))
+    return grad_output.flatten(0, -2).sum(0)
+
+
 def _fake(values: Tensor, *others: Any) -> Tensor:
     return torch.empty(values.shape, dtype=values.dtype, device=values.device)
 
@@ -234,6 +254,10 @@ def _fake_in_place(values: Tensor, *others: Any) -> None:
 
 def _fake_backward(grad_output: Tensor, output: Tensor, p: float) -> Tensor:
     return _fake(output)
+
+
+def _fake_backward_in_place(grad_output: Tensor, output: Tensor, p: float) -> Tensor:
+    return grad_output.new_empty(grad_output.shape[-1:])
 
 
 def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -267,10 +291,15 @@ def _register() -> None:
         ("dropout_", _fake_in_place, _reference_in_place),
         ("relu_dropout", _fake, _reference_relu),
         ("relu_dropout_backward", _fake_backward, _reference_relu_backward),
+        (
+            "relu_dropout_backward_",
+            _fake_backward_in_place,
+            _reference_relu_backward_in_place,
+        ),
     )
     for name, fake, slow in kernels:
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
-        if fake is not _fake_in_place:
+        if not name.endswith("_"):
             map_one_by_one(getattr(_operators, name).default)
         if COMPILED_PATH is None:
             library.impl(name, slow, "CPU")

@@ -24,20 +24,25 @@ def linear(tokens: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     Returns:
         (..., N).
     """
-    if not _is_faster_as_convolution(tokens, weight):
+    if not is_faster_as_convolution(tokens, weight):
         return F.linear(tokens, weight, bias)
-    image = tokens.reshape(1, 1, -1, tokens.shape[-1]).permute(0, 3, 1, 2)  # channels last
-    output = F.conv2d(image, weight[:, :, None, None], bias)
+    output = F.conv2d(as_image(tokens), weight[:, :, None, None], bias)
     return output.permute(0, 2, 3, 1).reshape(*tokens.shape[:-1], len(weight))
 
 
-def _is_faster_as_convolution(tokens: Tensor, weight: Tensor) -> bool:
+def as_image(tokens: Tensor) -> Tensor:
+    """Tokens (..., K) as one image (1, K, 1, T) with its channels last."""
+    return tokens.reshape(1, 1, -1, tokens.shape[-1]).permute(0, 3, 1, 2)
+
+
+def is_faster_as_convolution(tokens: Tensor, weight: Tensor) -> bool:
+    """Whether :func:`linear` of tokens (..., K) and a weight (N, K) is a convolution."""
     if torch.jit.is_tracing() or torch.compiler.is_compiling():
         return False  # other sizes may come, and compilers choose themselves
     return (
         tokens.device.type == "cpu"
         and tokens.dtype == torch.float32
-        and tokens.numel() * len(weight) >= FEWEST_PRODUCTS
+        and tokens.shape[:-1].numel() * weight.numel() >= FEWEST_PRODUCTS
         and min(weight.shape) >= FEWEST_CHANNELS
         and torch.get_num_threads() > 1  # PyTorch's convolution of one image is its own otherwise
         and torch.backends.mkldnn.is_available()

@@ -123,6 +123,9 @@ def all_cases(sizes: Sizes, device: str) -> Iterator[Case]:
             passes = "forward+backward" if backward else "forward"
             linear = partial(linear_contest, sizes, inputs, outputs, backward=backward)
             yield Case(f"linear/{inputs}x{outputs}/{passes}", linear)
+        for channels, hidden in sizes.feed_forward:
+            network = partial(feed_forward_contest, sizes, channels, hidden)
+            yield Case(f"feed_forward/{channels}x{hidden}/forward+backward", network)
     yield Case("matcher/6_layers", partial(matcher_contest, sizes, device, (6,)))
     yield Case("matcher/6_layers_x_3_groups", partial(matcher_contest, sizes, device, (6, 3)))
 
@@ -211,6 +214,33 @@ def linear_contest(sizes: Sizes, inputs: int, outputs: int, *, backward: bool) -
     timed = partial(_pass, leaves=leaves, output=output, backward=backward)
     contenders = {OURS: timed(ops.linear), "F.linear": timed(F.linear)}
     return Contest(linear_work(*leaves, backward=backward), 1e-5, contenders)
+
+
+def feed_forward_contest(sizes: Sizes, channels: int, hidden: int) -> Contest:
+    """A feed-forward network of an encoder without dropout; inputs as in :func:`linear_inputs`."""
+    tokens, *first = linear_inputs(sizes, 1, channels, hidden)
+    between, *second = linear_inputs(sizes, 1, hidden, channels)
+    layers = (
+        linear_work(tokens, *first, backward=True),
+        linear_work(between, *second, backward=True),
+    )
+    work = Work(sum(x.moved for x in layers), sum(x.flops for x in layers))
+
+    def one(tokens: Tensor, w: Tensor, b: Tensor, w_out: Tensor, b_out: Tensor) -> Tensor:
+        return ops.relu_feed_forward(tokens, (w, b), (w_out, b_out), p=0)
+
+    def composed(linear: Callable[..., Tensor], tokens: Tensor, *weights: Tensor) -> Tensor:
+        return linear(F.relu(linear(tokens, *weights[:2]), inplace=True), *weights[2:])
+
+    leaves = tokens, *first, *second
+    timed = partial(_pass, leaves=leaves, output=tokens.shape, backward=True)
+    contenders = {
+        OURS: timed(one),
+        "three operators": timed(partial(composed, ops.linear)),
+        "PyTorch": timed(partial(composed, F.linear)),
+    }
+    # where ReLU begins rounding decides as well
+    return Contest(work, TOLERANCE[torch.float32], contenders)
 
 
 def matcher_contest(sizes: Sizes, device: str, layers: tuple[int, ...]) -> Contest:

@@ -29,6 +29,7 @@ class Sizes:
     matched_queries: int = 300
     matched_targets: tuple[int, int] = (7, 100)
     linear: tuple[tuple[int, int], ...] = ((256, 256), (256, 1024), (1024, 256))
+    feed_forward: tuple[tuple[int, int], ...] = ((256, 1024), (256, 2048))
     compiled_peers: bool = True
 
 
@@ -46,6 +47,7 @@ QUICK = Sizes(
     matched_queries=6,
     matched_targets=(1, 4),
     linear=((16, 32),),
+    feed_forward=((16, 32),),
     compiled_peers=False,
 )
 

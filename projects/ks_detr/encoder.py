@@ -8,7 +8,8 @@ from torch import nn
 
 from detectors.attention import SelfAttention
 from detectors.deformable_attention import DeformableSelfAttention
-from detectors.transformer import Encoder, checkpoint_feedforward
+from detectors.feed_forward import checkpoint_feedforward
+from detectors.transformer import Encoder
 
 from .attention import KnowledgeSharingAttention
 from .deformable_attention import KnowledgeSharingDeformableAttention

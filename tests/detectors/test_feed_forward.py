@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from detrex.layers import FFN
 from torch import nn
 
-from detectors import transformer
-from detectors.transformer import checkpoint_feedforward, feed_forward
+import ops
+from detectors.feed_forward import checkpoint_feedforward, feed_forward
 from ops.dropout import draw_seed, kept
 
 
@@ -124,7 +124,7 @@ def test_many_tokens_go_through_in_parts(monkeypatch):
     network, _ = pair(0.0)
     inputs = random_inputs(True)
     expected = with_gradients(network, network, *inputs)
-    monkeypatch.setattr(transformer, "TOKENS_AT_ONCE", 3)
+    monkeypatch.setattr("detectors.feed_forward.TOKENS_AT_ONCE", 3)
     checkpoint_feedforward(network)
     rows = []
     network.layers[0].register_forward_hook(lambda _, __, output: rows.append(len(output)))
@@ -154,7 +154,7 @@ def test_tokens_of_any_shape_are_computed_again(shape):
 
 
 def test_a_compiled_network_does_not_count_parts(monkeypatch):
-    monkeypatch.setattr(transformer, "TOKENS_AT_ONCE", 4)
+    monkeypatch.setattr("detectors.feed_forward.TOKENS_AT_ONCE", 4)
     network, _ = pair(0.0)
     checkpoint_feedforward(network)
     graphs = []
@@ -168,3 +168,83 @@ def test_a_compiled_network_does_not_count_parts(monkeypatch):
         tokens = torch.randn(count, 8, dtype=torch.float64)
         torch.testing.assert_close(compiled(tokens), network(tokens))
     assert len(graphs) == 1
+
+
+# --- as one operator -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def many_tokens():
+    """A network and as many tokens as its layers are oneDNN's for."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    yield feed_forward(64, 512, 0.1, None), torch.randn(2, 4096, 64, requires_grad=True)
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often networks have called the one operator."""
+    function, seen = ops.relu_feed_forward, []
+
+    def noted(*inputs):
+        seen.append(inputs[0].shape)
+        return function(*inputs)
+
+    monkeypatch.setattr(ops, "relu_feed_forward", noted)
+    return seen
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_many_tokens_go_through_one_operator(many_tokens, calls, training):
+    network, tokens = many_tokens
+    network.train(training)
+    checkpointed, watched = copy.deepcopy(network), copy.deepcopy(network)
+    checkpointed.checkpoint_hidden = training
+    watched.layers[0].register_forward_hook(lambda *_: None)
+    results = []
+    for module in (network, checkpointed, watched):
+        torch.manual_seed(1)
+        results.append(with_gradients(module, module, tokens, None))
+    for one, *others in zip(*results, strict=True):
+        assert all((one - other).norm() <= 1e-5 * other.norm() for other in others)
+    # what is computed again is so by its layers
+    assert len(calls) == (1 if training else 2)
+    with torch.no_grad():
+        network(tokens)
+    network(tokens[:, :64])
+    assert len(calls) == (1 if training else 2)
+
+
+def test_layers_that_somebody_looks_at_run(many_tokens, calls):
+    network, tokens = many_tokens
+    seen = []
+    first, activation, second = *network.layers[0][:2], network.layers[1]
+    for add in (
+        lambda: first.register_forward_hook(lambda *_: seen.append("first")),
+        lambda: activation.register_forward_pre_hook(lambda *_: seen.append("activation")),
+        lambda: second.register_full_backward_hook(lambda *_: seen.append("second")),
+        lambda: network.layers[0].register_full_backward_pre_hook(lambda *_: seen.append("hidden")),
+        lambda: nn.modules.module.register_module_forward_hook(lambda *_: seen.append("all")),
+    ):
+        handle = add()
+        network(tokens).sum().backward()
+        handle.remove()
+        assert not calls
+    assert set(seen) == {"first", "activation", "second", "hidden", "all"}
+    network(tokens)
+    assert len(calls) == 1
+
+
+def test_layers_that_were_changed_run(many_tokens, calls):
+    network, tokens = many_tokens
+    changed = [copy.deepcopy(network) for _ in range(4)]
+    changed[0].layers[0][0] = nn.Linear(64, 512)
+    changed[1].layers[0][2] = nn.Dropout(0.5)
+    nn.utils.parametrizations.weight_norm(changed[2].layers[1])
+    changed[3].layers[0].forward = lambda x: changed[3].layers[0][0](x)
+    changed.append(feed_forward(64, 512, 0.1, nn.GELU()))
+    for other in changed:
+        other(tokens).sum().backward()
+        assert not calls

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from detectors import lean
+from detectors.feed_forward import feed_forward
 from detectors.lean import LeanPReLU, ReLUDropout, _ReLUDropout, lean_attention
-from detectors.transformer import feed_forward
 
 
 def drawn(shape, p, rows=None):

@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from dropout_masks import drawn_seed, mask_of, seeded
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import ops
 from ops import _library, dropout
+from ops.dropout import relu_gradient_
 
 OPERATORS = torch.ops.detr_methods
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -91,6 +94,41 @@ def test_the_kernels_do_what_their_references_do(compiled: str, dtype: torch.dty
         OPERATORS.dropout_(found, 0.2, seeded(), relu)
         dropout._reference_in_place(expected, 0.2, seeded(), relu)
         assert torch.equal(found, expected)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.integers(0, 300),
+    columns=st.integers(0, 70),
+    p=st.floats(0, 0.9),
+    wide=st.booleans(),
+    transposed=st.booleans(),
+)
+def test_a_gradient_is_overwritten_and_summed(
+    compiled: str, rows: int, columns: int, p: float, wide: bool, transposed: bool
+) -> None:
+    torch.manual_seed(rows)
+    dtype = torch.float64 if wide else torch.float32
+    output = torch.randn(2, rows, columns, dtype=dtype).relu()
+    grad = torch.randn(2, rows, columns, dtype=dtype)
+    if transposed:
+        grad = grad.transpose(0, 1).contiguous().transpose(0, 1)
+    expected = dropout._reference_relu_backward(grad, output, p)
+    sums = relu_gradient_(grad, output, p)
+    assert torch.equal(grad, expected)
+    exact = expected.double().sum((0, 1))
+    torch.testing.assert_close(sums.double(), exact, rtol=1e-5, atol=1e-4 / (1 - p))
+
+
+def test_gradients_are_summed_in_one_order(compiled: str, threads: None) -> None:
+    torch.manual_seed(0)
+    output, grad = torch.randn(3001, 40).relu(), torch.randn(3001, 40)
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(relu_gradient_(grad.clone(), output, 0.3))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
 
 
 def test_both_derivatives_agree_with_finite_differences(compiled: str) -> None:
@@ -230,6 +268,9 @@ def test_the_operators_are_registered_properly(dtype: torch.dtype) -> None:
     torch.library.opcheck(OPERATORS.relu_dropout.default, (values, 0.3, seeded()))
     result = OPERATORS.relu_dropout(values, 0.3, seeded()).detach()
     torch.library.opcheck(OPERATORS.relu_dropout_backward.default, (residual, result, 0.3))
+    if dtype in (torch.float32, torch.float64):
+        in_place = residual.detach().clone(), result, 0.3
+        torch.library.opcheck(OPERATORS.relu_dropout_backward_.default, in_place)
     for relu in (False, True):
         in_place = values.detach().clone(), 0.3, seeded(), relu
         torch.library.opcheck(OPERATORS.dropout_.default, in_place)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from detectors.attention import QuerySelfAttention
-from detectors.transformer import feed_forward
+from detectors.feed_forward import feed_forward
 from ops import Linear, MultiScaleDeformableAttention, linear
 from ops.linear_layer import FEWEST_CHANNELS, FEWEST_PRODUCTS
 

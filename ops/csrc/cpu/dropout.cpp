@@ -5,6 +5,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 
 #include <torch/library.h>
 
@@ -97,6 +98,31 @@ at::Tensor relu_dropout_backward(const at::Tensor& grad_output, const at::Tensor
   return grad_values;
 }
 
+// Overwrites the gradient; returns its sum over all axes but the last.
+at::Tensor relu_dropout_backward_in_place(at::Tensor grad_output, const at::Tensor& output,
+                                          double p) {
+  check_probability(p);
+  check_partner("grad_output", grad_output, output);
+  TORCH_CHECK_VALUE(output.dim() > 0, "output needs an axis to be summed to");
+  const at::Tensor result = output.contiguous();
+  at::Tensor grad = grad_output.contiguous();
+  const int64_t columns = output.size(-1), rows = columns ? output.numel() / columns : 0;
+  const int64_t count = (rows + summed_rows - 1) / summed_rows;
+  at::Tensor sums = at::zeros({count, columns}, output.options());
+  AT_DISPATCH_FLOATING_TYPES(output.scalar_type(), "relu_dropout_backward_", [&] {
+    const ReLUDropoutGradient<scalar_t> pass{
+        grad.const_data_ptr<scalar_t>(), result.const_data_ptr<scalar_t>(),
+        grad.mutable_data_ptr<scalar_t>(), output.numel(), p};
+    scalar_t* total = sums.mutable_data_ptr<scalar_t>();
+    at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      DETR_METHODS_DISPATCH(
+          relu_dropout_gradient_sums<scalar_t>(pass, columns, total, begin, end))
+    });
+  });
+  if (!grad.is_same(grad_output)) grad_output.copy_(grad);
+  return sums.sum(0);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(detr_methods, CPU, library) {
@@ -104,6 +130,7 @@ TORCH_LIBRARY_IMPL(detr_methods, CPU, library) {
   library.impl("dropout_", dropout_in_place);
   library.impl("relu_dropout", relu_dropout);
   library.impl("relu_dropout_backward", relu_dropout_backward);
+  library.impl("relu_dropout_backward_", relu_dropout_backward_in_place);
 }
 
 }  // namespace detr_methods

@@ -10,6 +10,9 @@ namespace detr_methods {
 // A thread takes whole blocks of elements, so that vectors begin at the same places in any case.
 constexpr int64_t dropout_block = 4096;
 
+// Rows whose gradients are summed apart, so that threads change no sum's order.
+constexpr int64_t summed_rows = 128;
+
 // One pass over `count` elements: output = residual + dropout(values), or dropout(relu(values)).
 template <typename T>
 struct DropoutPass {
@@ -27,7 +30,7 @@ template <typename T>
 struct ReLUDropoutGradient {
   const T* grad_output;
   const T* output;
-  T* grad_values;
+  T* grad_values;  // may be grad_output
   int64_t count;
   double probability;
 };
@@ -37,6 +40,10 @@ DETR_METHODS_DECLARE(
     template <typename T> void dropout_pass(const DropoutPass<T>& pass, bool relu, int64_t begin,
                                             int64_t end);
     template <typename T> void relu_dropout_gradient(const ReLUDropoutGradient<T>& pass,
-                                                     int64_t begin, int64_t end);)
+                                                     int64_t begin, int64_t end);
+    // Blocks of summed_rows rows, each of which adds its rows up to its own row of `sums`.
+    template <typename T> void relu_dropout_gradient_sums(const ReLUDropoutGradient<T>& pass,
+                                                          int64_t columns, T* sums, int64_t begin,
+                                                          int64_t end);)
 
 }  // namespace detr_methods

@@ -48,24 +48,55 @@ void dropout_pass(const DropoutPass<T>& pass, bool relu, int64_t begin, int64_t 
   for (int64_t block = begin; block < end; ++block) over_block(pass, block);
 }
 
-template <typename T>
-void relu_dropout_gradient(const ReLUDropoutGradient<T>& pass, int64_t begin, int64_t end) {
+// Gradients of elements [begin, end), each of which `use(i, gradient, count)` sees on its way.
+template <typename T, typename Use>
+DETR_METHODS_INLINE void pass_gradients(const ReLUDropoutGradient<T>& pass, int64_t begin,
+                                        int64_t end, Use use) {
   using A = AccumulatorOf<T>;
   const A kept = static_cast<A>(1 / (1 - pass.probability));
   const auto gradient = [&](Vector<A> output, Vector<A> grad) {
     return select<A>(output <= A(0), Vector<A>{}, grad * kept);
   };
   each_vector<A>(
-      begin * dropout_block, std::min(end * dropout_block, pass.count),
+      begin, end,
       [&](int64_t i) {
-        store(pass.grad_values + i, gradient(load(pass.output + i), load(pass.grad_output + i)));
+        const auto x = gradient(load(pass.output + i), load(pass.grad_output + i));
+        store(pass.grad_values + i, x);
+        use(i, x, lanes<A>);
       },
       [&](int64_t i, int64_t count) {
-        store_partial(pass.grad_values + i,
-                      gradient(load_partial(pass.output + i, count),
-                               load_partial(pass.grad_output + i, count)),
-                      count);
+        const auto x = gradient(load_partial(pass.output + i, count),
+                                load_partial(pass.grad_output + i, count));
+        store_partial(pass.grad_values + i, x, count);
+        use(i, x, count);
       });
+}
+
+template <typename T>
+void relu_dropout_gradient(const ReLUDropoutGradient<T>& pass, int64_t begin, int64_t end) {
+  pass_gradients(pass, begin * dropout_block, std::min(end * dropout_block, pass.count),
+                 [](int64_t, Vector<AccumulatorOf<T>>, int64_t) {});
+}
+
+template <typename T>
+void relu_dropout_gradient_sums(const ReLUDropoutGradient<T>& pass, int64_t columns, T* sums,
+                                int64_t begin, int64_t end) {
+  const int64_t rows = pass.count / columns;
+  for (int64_t block = begin; block < end; ++block) {
+    T* total = sums + block * columns;
+    const int64_t last = std::min((block + 1) * summed_rows, rows);
+    for (int64_t row = block * summed_rows; row < last; ++row) {
+      const int64_t first = row * columns;
+      pass_gradients(pass, first, first + columns, [&](int64_t i, Vector<T> x, int64_t count) {
+        T* to = total + (i - first);
+        if (count == lanes<T>) {
+          store(to, load(to) + x);
+        } else {
+          store_partial(to, load_partial(to, count) + x, count);
+        }
+      });
+    }
+  }
 }
 
 #define DETR_METHODS_INSTANTIATE(T)                                                    \
@@ -75,6 +106,13 @@ DETR_METHODS_INSTANTIATE(float)
 DETR_METHODS_INSTANTIATE(double)
 DETR_METHODS_INSTANTIATE(c10::BFloat16)
 DETR_METHODS_INSTANTIATE(c10::Half)
+#undef DETR_METHODS_INSTANTIATE
+
+#define DETR_METHODS_INSTANTIATE(T)                                                              \
+  template void relu_dropout_gradient_sums<T>(const ReLUDropoutGradient<T>&, int64_t, T*, int64_t, \
+                                              int64_t);
+DETR_METHODS_INSTANTIATE(float)
+DETR_METHODS_INSTANTIATE(double)
 #undef DETR_METHODS_INSTANTIATE
 
 }  // namespace DETR_METHODS_CAPABILITY
