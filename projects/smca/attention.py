@@ -86,6 +86,8 @@ class Modulation(nn.Module):
         half_cell_grid: a cell lies at its centre, half a cell from its index.
         query_norm: predict from normalised queries.
         level_selection: weigh the levels for each query, if there are several.
+        zero_offsets: begin with the Gaussians of all heads at the query's centre, not a cell or two
+            off it, which is far where maps are small.
     """
 
     gains: Tensor
@@ -106,6 +108,7 @@ class Modulation(nn.Module):
         half_cell_grid: bool = False,
         query_norm: bool = True,
         level_selection: bool = True,
+        zero_offsets: bool = False,
     ):
         super().__init__()
         check_heads(embed_dim, num_heads)
@@ -117,6 +120,7 @@ class Modulation(nn.Module):
         self.heads = 1 if head_shared else num_heads
         self.divide_by_scales = divide_by_scales
         self.half_cell_grid = half_cell_grid
+        self.zero_offsets = zero_offsets
         levels = len(self.strides)
         gains = torch.tensor(level_factors, dtype=torch.float32) / bandwidth
         self.register_buffer("gains", gains.view(-1, 1, 1, 1), persistent=False)
@@ -136,6 +140,9 @@ class Modulation(nn.Module):
             if layer is not None:
                 bound = layer.in_features**-0.5
                 nn.init.uniform_(layer.bias, -bound, bound)
+        if self.zero_offsets and self.offsets is not None:
+            nn.init.zeros_(self.offsets.weight)
+            nn.init.zeros_(self.offsets.bias)
         if self.scales is not None:
             nn.init.zeros_(self.scales.weight)
             nn.init.ones_(self.scales.bias)

@@ -112,8 +112,9 @@ def test_kernels_and_reference_agree(**sizes) -> None:
     )
 
 
-def test_gradients_are_finite_differences(backend: str) -> None:
-    value, levels, locations, weights = example(queries=3, heads=2, channels=3)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_gradients_are_finite_differences(backend: str, channels: int) -> None:
+    value, levels, locations, weights = example(queries=3, heads=2, channels=channels)
     # the outer edges and points beyond them; a pixel's centre would be a kink
     edges = torch.tensor([0.0, 1.0, -0.01, 1.01, 0.5, -3.0], dtype=torch.float64)
     locations.view(-1)[: len(edges)] = edges
@@ -169,10 +170,11 @@ def test_values_that_are_not_sampled_do_not_matter(backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("coordinates", ["low", "single", "mixed"])
+@pytest.mark.parametrize("channels", [1, 21])
 def test_low_precision_rounds_only_inputs_and_outputs(
-    backend: str, dtype: torch.dtype, coordinates: str
+    backend: str, dtype: torch.dtype, coordinates: str, channels: int
 ) -> None:
-    value, levels, locations, weights = example(channels=21, queries=40)
+    value, levels, locations, weights = example(channels=channels, queries=40)
     low = {"low": (dtype, dtype), "single": (torch.float32,) * 2, "mixed": (torch.float32, dtype)}
     types = low[coordinates]
     given = value.to(dtype), levels, locations.to(types[0]), weights.to(types[1])

@@ -175,6 +175,18 @@ def test_gaussians_start_with_a_width_of_two_cells():
     assert (prior <= 0).all()
 
 
+@pytest.mark.parametrize("head_shared", [False, True])
+def test_gaussians_of_all_heads_can_start_at_the_query_s_centre(head_shared):
+    given, points = torch.randn(1, 4, DIM), 64 * torch.rand(1, 4, 2)
+    expected = torch.stack([points / stride for stride in STRIDES], dim=1)[:, :, None]
+    for zero_offsets in (False, True):
+        options = {"head_shared": head_shared, "zero_offsets": zero_offsets}
+        modulation = Modulation(DIM, HEADS, STRIDES, FACTORS, **options)
+        modulation.init_weights()
+        centers = modulation(given, points).centers
+        assert torch.equal(centers, expected.expand_as(centers)) == (head_shared or zero_offsets)
+
+
 def test_a_scale_near_zero_that_divides_is_one_cell():
     center = torch.full((1, 1, 1, 1, 2), 2.0)
     modulation = Modulation(DIM, HEADS, (32,), (1.0,), divide_by_scales=True)

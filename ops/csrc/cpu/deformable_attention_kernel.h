@@ -130,6 +130,20 @@ DETR_METHODS_INLINE void sample(const SamplingPoints<A>& points, const T* value,
   }
 }
 
+// The same for one channel, of which vectors would be empty but for one number.
+template <typename T, typename A>
+DETR_METHODS_INLINE void sample_one(const SamplingPoints<A>& points, const T* value, int64_t stride,
+                                    T* output) {
+  A total[4] = {};
+  for (int64_t i = 0; i < points.count; ++i) {
+    const int64_t token = points.pixel[i];
+    for_corners(points, i, [&](int k, int64_t offset, A weight) __attribute__((always_inline)) {
+      total[k] += weight * static_cast<A>(value[(token + offset) * stride]);
+    });
+  }
+  *output = static_cast<T>((total[0] + total[1]) + (total[2] + total[3]));
+}
+
 template <typename T, typename C>
 void deformable_forward(const DeformableShape& shape, const DeformableForward<T, C>& tensors,
                         int64_t begin, int64_t end) {
@@ -154,7 +168,9 @@ void deformable_forward(const DeformableShape& shape, const DeformableForward<T,
     for (; c + width <= shape.channels; c += width) {
       sample<1, false>(points, value + c, stride, output + c, 0);
     }
-    if (c < shape.channels) {
+    if (c + 1 == shape.channels) {
+      sample_one(points, value + c, stride, output + c);
+    } else if (c < shape.channels) {
       sample<1, true>(points, value + c, stride, output + c, shape.channels - c);
     }
   }
@@ -203,6 +219,22 @@ DETR_METHODS_INLINE void differentiate(const SamplingPoints<A>& points, const T*
   }
 }
 
+// The same for one channel.
+template <typename T, typename A>
+DETR_METHODS_INLINE void differentiate_one(const SamplingPoints<A>& points, const T* value,
+                                           int64_t stride, A grad, const ValueGradient<A>& target,
+                                           Similarity<A>* similarity) {
+  for (int64_t i = 0; i < points.count; ++i) {
+    const int64_t token = points.pixel[i];
+    Similarity<A> dot = {};
+    for_corners(points, i, [&](int k, int64_t offset, A weight) __attribute__((always_inline)) {
+      dot.at[k] = grad * static_cast<A>(value[(token + offset) * stride]);
+      target.rows[(token + offset - target.first_token) * target.padded] += weight * grad;
+    });
+    similarity[i] = dot;
+  }
+}
+
 // From each corner's similarity with the output gradient to the gradients of point i.
 template <typename A, typename C>
 DETR_METHODS_INLINE void finish_point(const SamplingPoints<A>& points, int64_t i,
@@ -223,7 +255,8 @@ void deformable_backward(const DeformableShape& shape, const DeformableBackward<
                          int64_t groups, int64_t begin, int64_t end) {
   using A = AccumulatorOf<T>;
   const int64_t stride = shape.heads * shape.channels, samples = shape.levels * shape.points;
-  const int64_t padded = (shape.channels + lanes<A> - 1) / lanes<A> * lanes<A>;
+  const int64_t padded =
+      shape.channels == 1 ? 1 : (shape.channels + lanes<A> - 1) / lanes<A> * lanes<A>;
   std::vector<A> grad(padded, A(0)), grad_value;
   std::vector<Similarity<A>> similarity(samples);
   for (int64_t unit = begin; unit < end; ++unit) {
@@ -247,7 +280,9 @@ void deformable_backward(const DeformableShape& shape, const DeformableBackward<
         differentiate<decltype(count)::value>(points, value, stride, grad.data(), shape.channels,
                                               sums, similarity.data());
       };
-      if (shape.channels == lanes<A>) {
+      if (shape.channels == 1) {
+        differentiate_one(points, value, stride, grad[0], sums, similarity.data());
+      } else if (shape.channels == lanes<A>) {
         walk(std::integral_constant<int, 1>());
       } else if (shape.channels == 2 * lanes<A>) {
         walk(std::integral_constant<int, 2>());
