@@ -197,13 +197,17 @@ def test_a_signal_stops_with_a_checkpoint_and_the_next_call_goes_on(begun, study
     assert [(r["cell"], r["iterations"]) for r in rows(folder)] == [("slow", "300")]
 
 
-def test_trainings_do_not_outlive_a_study_that_is_killed(begun, study):
+def test_a_second_study_in_the_same_folder_is_refused(begun, study):
     folder, process = begun
     os.kill(process.pid, signal.SIGSTOP)  # it is there, but does nothing
     refused = study(folder, *SLOW)
     assert refused.code == 2
     assert f"another study, process {process.pid} or" in refused.errors
     assert refused.errors.count("\n") == 1
+
+
+def test_trainings_do_not_outlive_a_study_that_is_killed(begun):
+    folder, process = begun
     process.kill()
     process.wait()
     end = time.monotonic() + 60
