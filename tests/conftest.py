@@ -1,13 +1,23 @@
 """Shared fixtures. Importing ``projects`` first puts the active runtime on the import path."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import projects  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Whatever number of threads a test chooses is undone."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -174,13 +174,11 @@ def test_a_compiled_network_does_not_count_parts(monkeypatch):
 
 
 @pytest.fixture
-def many_tokens():
+def many_tokens(threads):
     """A network and as many tokens as its layers are oneDNN's for."""
-    before = torch.get_num_threads()
     torch.set_num_threads(2)
     torch.manual_seed(0)
-    yield feed_forward(64, 512, 0.1, None), torch.randn(2, 4096, 64, requires_grad=True)
-    torch.set_num_threads(before)
+    return feed_forward(64, 512, 0.1, None), torch.randn(2, 4096, 64, requires_grad=True)
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import importlib
 from collections.abc import Iterator
 
 import pytest
-import torch
 from recorded_cases import RecordedCases
 
 from ops import _library
@@ -49,14 +48,6 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         except ValueError as error:
             pytest.skip(str(error))
     return request.param
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """Whatever number of threads a test chooses is undone."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
