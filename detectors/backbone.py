@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import Tensor, nn
 
+from ops import convolution_3x3
+
 
 class FoldedConv2d(Conv2d):
     """A convolution that does its frozen norm's work by scaled weights and a bias.
@@ -18,15 +20,12 @@ class FoldedConv2d(Conv2d):
         """Convolve and normalise (B, C, H, W)."""
         norm = self.norm
         scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-        return F.conv2d(
-            x,
-            self.weight * scale[:, None, None, None],
-            norm.bias - norm.running_mean * scale,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-        )
+        weight = self.weight * scale[:, None, None, None]
+        bias = norm.bias - norm.running_mean * scale
+        shape = self.stride, self.padding, self.dilation, self.groups
+        if self.kernel_size == (3, 3) and shape == ((1, 1), (1, 1), (1, 1), 1):
+            return convolution_3x3(x, weight, bias)
+        return F.conv2d(x, weight, bias, *shape)
 
 
 def fold_frozen_norms(backbone: nn.Module) -> nn.Module:

@@ -1,6 +1,7 @@
 """Compiled operators, each beside its pure-PyTorch reference."""
 
 from .assignment import linear_sum_assignment
+from .convolution import convolution_3x3
 from .deformable_attention import multi_scale_deformable_attention
 from .deformable_module import MultiScaleDeformableAttention
 from .dropout import dropout_add, relu_dropout
@@ -11,6 +12,7 @@ from .linear_layer import Linear, linear
 __all__ = [
     "Linear",
     "MultiScaleDeformableAttention",
+    "convolution_3x3",
     "dropout_add",
     "gaussian_attention",
     "linear",

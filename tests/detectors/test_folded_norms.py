@@ -49,6 +49,19 @@ def test_results_and_gradients_stay():
             torch.testing.assert_close(found, value, rtol=1e-10, atol=1e-12)
 
 
+def test_windows_of_3x3_pixels_are_convolved_by_tiles():
+    norm = FrozenBatchNorm2d(64)
+    for buffer in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+        buffer.uniform_(0.1, 3)
+    images = laid_out(torch.randn(2, 64, 24, 24))
+    for shape, by_tiles in (({"padding": 1}, True), ({"padding": 2, "dilation": 2}, False)):
+        layer = Conv2d(64, 64, 3, bias=False, norm=norm, **shape)
+        expected = layer(images)
+        output = fold_frozen_norms(layer)(images)
+        assert ("winograd" in output.grad_fn.name()) == by_tiles
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_weights_have_their_names_and_keep_training():
     plain = resnet("FrozenBN", **STAGE)
     folded = fold_frozen_norms(copy.deepcopy(plain))

@@ -6,3 +6,4 @@
 #include "deformable_attention_kernel.h"
 #include "gaussian_attention_kernel.h"
 #include "dropout_kernel.h"
+#include "winograd_kernel.h"

@@ -1,0 +1,128 @@
+"""Convolutions of 3 x 3 pixels, for large images on the CPU by Winograd's minimal filtering."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._autograd import differentiable, map_one_by_one
+from ._library import COMPILED_PATH, NAMESPACE, library
+
+FEWEST_CHANNELS, FEWEST_TILES = 64, 32
+"""Channels, and tiles of 4 x 4 pixels in a batch, below which PyTorch's convolution is as fast."""
+MULTIPLE = 16
+"""Of which numbers of channels are a multiple where the kernels take them."""
+
+
+def convolution_3x3(images: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.conv2d(images, weight, bias, padding=1)``, on the CPU with fewer multiplications.
+
+    A tile of 4 x 4 outputs takes 36 multiplications for each pair of channels instead of 144, by
+    F(4 x 4, 3 x 3) of Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (2016).
+    Results are the same up to a rounding error a few times as large. It is used in float32 with
+    compiled operators, where the images have enough channels and tiles for its transforms to pay;
+    anywhere else this is PyTorch's convolution.
+
+    Args:
+        images: (B, C, H, W), fastest with their channels last in memory.
+        weight: (N, C, 3, 3).
+        bias: (N,).
+
+    Returns:
+        (B, N, H, W).
+    """
+    if is_faster_by_tiles(images, weight):
+        return _convolve(images, weight, bias)
+    return F.conv2d(images, weight, bias, padding=1)
+
+
+def is_faster_by_tiles(images: Tensor, weight: Tensor) -> bool:
+    """Whether :func:`convolution_3x3` of images and a weight is not PyTorch's convolution."""
+    if torch.jit.is_tracing() or torch.compiler.is_compiling():
+        return False  # other sizes may come, and compilers choose themselves
+    batch, channels, height, width = images.shape
+    return (
+        COMPILED_PATH is not None
+        and images.device.type == "cpu"
+        and images.dtype == weight.dtype == torch.float32
+        and min(channels, len(weight)) >= FEWEST_CHANNELS
+        and channels % MULTIPLE == len(weight) % MULTIPLE == 0
+        and batch * -(-height // 4) * -(-width // 4) >= FEWEST_TILES
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _turned(weight: Tensor) -> Tensor:
+    """The filters that carry gradients from the outputs (N) back to the images (C)."""
+    return weight.flip(2, 3).transpose(0, 1)
+
+
+# --- registration -------------------------------------------------------------------------------
+
+library.define("winograd_convolution(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
+library.define("winograd_weight_gradient(Tensor input, Tensor grad_output) -> Tensor")
+_operators = getattr(torch.ops, NAMESPACE)
+
+
+def _reference(images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    result = F.conv2d(images, weight, bias, padding=1)
+    return result.contiguous(memory_format=torch.channels_last)
+
+
+def _reference_weight_gradient(images: Tensor, grad_output: Tensor) -> Tensor:
+    shape = (grad_output.shape[1], images.shape[1], 3, 3)
+    return torch.nn.grad.conv2d_weight(images, shape, grad_output, padding=1).contiguous()
+
+
+def _fake(images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    shape = (images.shape[0], weight.shape[0], *images.shape[2:])
+    return images.new_empty(shape).contiguous(memory_format=torch.channels_last)
+
+
+def _fake_weight_gradient(images: Tensor, grad_output: Tensor) -> Tensor:
+    return images.new_empty((grad_output.shape[1], images.shape[1], 3, 3))
+
+
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    images, weight = ctx.saved_tensors
+    for_images, for_weight, for_bias = ctx.needs_input_grad
+    return (
+        _convolve(grad_output, _turned(weight), None) if for_images else None,
+        _weight_gradient(images, grad_output) if for_weight else None,
+        grad_output.sum((0, 2, 3)) if for_bias else None,
+    )
+
+
+def _differentiate_weight_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    images, grad_output = ctx.saved_tensors
+    for_images, for_grad_output = ctx.needs_input_grad
+    return (
+        _convolve(grad_output, _turned(grad), None) if for_images else None,
+        _convolve(images, grad, None) if for_grad_output else None,
+    )
+
+
+def _register() -> None:
+    kernels = (
+        ("winograd_convolution", _fake, _reference),
+        ("winograd_weight_gradient", _fake_weight_gradient, _reference_weight_gradient),
+    )
+    for name, fake, slow in kernels:
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
+        map_one_by_one(getattr(_operators, name).default)
+        if COMPILED_PATH is None:
+            library.impl(name, slow, "CPU")
+
+
+_register()
+_convolve = differentiable(_operators.winograd_convolution.default, _save, _differentiate)
+_weight_gradient = differentiable(
+    _operators.winograd_weight_gradient.default, _save, _differentiate_weight_gradient
+)

@@ -1,0 +1,249 @@
+"""Winograd convolutions beside PyTorch's in float64."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ops
+from ops.convolution import FEWEST_CHANNELS, FEWEST_TILES, MULTIPLE, is_faster_by_tiles
+
+OPERATORS = torch.ops.detr_methods
+ROOT = Path(__file__).parents[2]
+SIZES = [(2, 8, 64), (1, 30, 40), (3, 13, 22), (200, 1, 1), (1, 5, 67)]
+
+
+def inputs(batch, height, width, channels=64, filters=96, dtype=torch.float32):
+    torch.manual_seed(0)
+    shapes = (batch, channels, height, width), (filters, channels, 3, 3), (filters,)
+    return [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+def is_ours(output):
+    return "winograd" in output.grad_fn.name()
+
+
+def in_double(function, given):
+    exact = [x.detach().double().requires_grad_() for x in given]
+    return function(*exact), exact
+
+
+def direct(images, weight, bias=None):
+    return F.conv2d(images, weight, bias, padding=1)
+
+
+def assert_close(found, expected, tolerance):
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.shape == theirs.shape
+        assert (mine - theirs).norm() <= tolerance * theirs.norm()
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_output_and_gradients_are_those_in_float64(compiled, size, layout):
+    given = inputs(*size)
+    given[0] = given[0].detach().contiguous(memory_format=layout).requires_grad_()
+    output = ops.convolution_3x3(*given)
+    assert is_ours(output)
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    expected, exact = in_double(direct, given)
+    assert_close([output], [expected], 4e-6)
+    cotangent = torch.randn(output.shape).contiguous(memory_format=layout)
+    wanted = torch.autograd.grad(expected, exact, cotangent.double())
+    found = torch.autograd.grad(output, given, cotangent)
+    assert_close(found, wanted, 2e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=st.integers(1, 5),
+    height=st.integers(1, 21),
+    width=st.integers(1, 21),
+    channels=st.integers(1, 5),
+    filters=st.integers(1, 5),
+    biased=st.booleans(),
+)
+def test_operators_compute_any_size(batch, height, width, channels, filters, biased):
+    given = inputs(
+        batch, height, width, channels * MULTIPLE, filters * MULTIPLE, dtype=torch.float64
+    )
+    if not biased:
+        given.pop()
+    output = OPERATORS.winograd_convolution(*given, *[None] * (not biased))
+    expected, exact = in_double(direct, given)
+    assert_close([output], [expected], 1e-12)
+    cotangent = torch.randn_like(output)
+    wanted = torch.autograd.grad(expected, exact, cotangent)
+    assert_close(torch.autograd.grad(output, given, cotangent), wanted, 1e-12)
+
+
+@pytest.mark.parametrize("channels, size", [(512, (1, 9, 90)), (128, (1, 200, 120))])
+def test_filters_and_images_beyond_the_cache(compiled, channels, size):
+    """Filters of 37 MB are read by frequencies, gradients of 1500 tiles are summed in parts."""
+    images, weight, _ = inputs(*size, channels, channels)
+    output = ops.convolution_3x3(images, weight)
+    expected, exact = in_double(direct, [images, weight])
+    assert_close([output], [expected], 8e-6)
+    cotangent = torch.randn_like(output)
+    wanted = torch.autograd.grad(expected, exact, cotangent.double())
+    assert_close(torch.autograd.grad(output, [images, weight], cotangent), wanted, 2e-5)
+
+
+@pytest.mark.parametrize("channels", [64, 512])
+def test_threads_change_nothing(threads, channels):
+    given = inputs(1, 17, 90, channels, 64 if channels == 64 else 512)
+    results = []
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        output = ops.convolution_3x3(*given)
+        gradients = torch.autograd.grad(output.square().sum(), given[:2])
+        results.append([output, *gradients])
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+
+
+def test_an_image_is_the_same_in_any_batch():
+    images, weight, bias = inputs(3, 20, 32)
+    together = ops.convolution_3x3(images, weight, bias)
+    for image, output in zip(images, together, strict=True):
+        assert torch.equal(ops.convolution_3x3(image[None], weight, bias)[0], output)
+
+
+def test_only_where_it_pays():
+    images, weight, bias = inputs(2, 16, 16)
+    assert is_faster_by_tiles(images, weight)
+    assert 2 * 4 * 4 == FEWEST_TILES
+    narrow = weight[: FEWEST_CHANNELS - MULTIPLE]
+    odd = torch.randn(FEWEST_CHANNELS + 1, 64, 3, 3)
+    others = [
+        (images[:1], weight),
+        (images.double(), weight.double()),
+        (images.bfloat16(), weight.bfloat16()),
+        (images, narrow),
+        (images, odd),
+        (images.to("meta"), weight.to("meta")),
+    ]
+    for given in others:
+        assert not is_faster_by_tiles(*given)
+        assert ops.convolution_3x3(*given).shape == direct(*given).shape
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ops.convolution_3x3(images, weight, bias).dtype == torch.bfloat16
+    assert torch.equal(ops.convolution_3x3(images[:1], weight), direct(images[:1], weight))
+
+
+def test_compiled_and_traced_graphs_hold_pytorchs_convolution():
+    given = [x.detach() for x in inputs(2, 16, 16)]
+    expected = direct(*given)
+    compiled = torch.compile(ops.convolution_3x3, fullgraph=True, backend="eager")
+    # its own check would run the function itself, which then is not PyTorch's
+    traced = torch.jit.trace(ops.convolution_3x3, tuple(given), check_trace=False)
+    for function in (compiled, traced):
+        assert torch.equal(function(*given), expected)
+
+
+def test_images_without_pixels_and_no_images():
+    _, weight, bias = inputs(1, 1, 1)
+    for shape in ((0, 64, 5, 5), (2, 64, 0, 5)):
+        images = torch.randn(shape, requires_grad=True)
+        output = OPERATORS.winograd_convolution(images, weight, bias)
+        assert output.shape == (shape[0], 96, *shape[2:])
+        gradients = torch.autograd.grad(output.sum(), [images, weight, bias])
+        assert all(gradient.count_nonzero() == 0 for gradient in gradients)
+
+
+def test_values_that_are_not_finite_stay_in_their_neighbourhood():
+    images, weight, _ = inputs(1, 24, 24)
+    images = images.detach()
+    images[0, 3, 12, 12] = torch.nan
+    output = ops.convolution_3x3(images, weight)
+    wrong = output.isnan().any(1)[0].nonzero()
+    assert (wrong.amin(0) >= 8).all() and (wrong.amax(0) < 16).all()  # the tiles around it
+    assert output[0, :, 11:14, 11:14].isnan().all()
+
+
+def test_second_derivatives():
+    given = inputs(1, 5, 6, MULTIPLE, MULTIPLE, dtype=torch.float64)
+    results = []
+    for function in (OPERATORS.winograd_convolution, direct):
+        first = torch.autograd.grad(function(*given).pow(3).sum(), given, create_graph=True)
+        second = torch.autograd.grad(sum(x.square().sum() for x in first), given)
+        results.append([*first, *second])
+    assert_close(*results, 1e-11)
+
+
+def test_batches_of_gradients_and_transforms():
+    images, weight, bias = inputs(2, 16, 16)
+    output = ops.convolution_3x3(images, weight, bias)
+    cotangents = torch.randn(3, *output.shape)
+    given = [images, weight, bias]
+    batched = torch.autograd.grad(
+        output, given, cotangents, is_grads_batched=True, retain_graph=True
+    )
+    for index, cotangent in enumerate(cotangents):
+        wanted = torch.autograd.grad(output, given, cotangent, retain_graph=True)
+        assert_close([part[index] for part in batched], wanted, 1e-6)
+
+    def loss(image, weight):
+        return ops.convolution_3x3(image[None], weight).square().sum()
+
+    large = torch.randn(2, 64, 24, 24)
+    found = torch.func.vmap(torch.func.grad(loss, argnums=1), in_dims=(0, None))(large, weight)
+    for image, gradient in zip(large, found, strict=True):
+        (wanted,) = torch.autograd.grad(loss(image, weight), weight)
+        assert_close([gradient], [wanted], 1e-6)
+
+
+def test_the_operators_are_registered_properly():
+    given = inputs(2, 5, 6, MULTIPLE, 2 * MULTIPLE)
+    torch.library.opcheck(OPERATORS.winograd_convolution.default, given)
+    torch.library.opcheck(OPERATORS.winograd_convolution.default, (*given[:2], None))
+    grad_output = torch.randn(2, 2 * MULTIPLE, 5, 6, requires_grad=True)
+    torch.library.opcheck(OPERATORS.winograd_weight_gradient.default, (given[0], grad_output))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda x, w, b: (x[0], w, b), "input needs four axes, it has 3"),
+        (lambda x, w, b: (x[:, :17], w, b), "input has 17 channels, expected a multiple of 16"),
+        (lambda x, w, b: (x, w[:, :32], b), "weight has shape"),
+        (lambda x, w, b: (x, w[:9], b), "weight has shape"),
+        (lambda x, w, b: (x, w[..., :2], b), "weight has shape"),
+        (lambda x, w, b: (x, w.double(), b), "weight needs the input's type"),
+        (lambda x, w, b: (x, w, b[:5]), "bias needs one element for each filter"),
+    ],
+)
+def test_kernels_refuse_what_they_cannot_take(capability, change, message):
+    with pytest.raises(ValueError, match=message):
+        OPERATORS.winograd_convolution(*change(*inputs(1, 8, 8)))
+
+
+def test_weight_gradients_need_images_alike(capability):
+    images, _, _ = inputs(1, 8, 8)
+    with pytest.raises(ValueError, match="expected images like"):
+        OPERATORS.winograd_weight_gradient(images, images[:, :, :7])
+
+
+def test_without_the_library_it_is_pytorchs(tmp_path):
+    script = (
+        "import torch, ops\n"
+        "from ops.convolution import is_faster_by_tiles\n"
+        "x, w = torch.randn(2, 64, 16, 16), torch.randn(64, 64, 3, 3)\n"
+        "assert not is_faster_by_tiles(x, w)\n"
+        "y = torch.ops.detr_methods.winograd_convolution(x, w, None)\n"
+        "g = torch.ops.detr_methods.winograd_weight_gradient(x, y)\n"
+        "w.requires_grad_()\n"
+        "expected = torch.nn.functional.conv2d(x, w, padding=1)\n"
+        "torch.testing.assert_close(y, expected)\n"
+        "torch.testing.assert_close(torch.autograd.grad(expected, w, y)[0], g)\n"
+    )
+    variables = {"DETR_METHODS_OPS": str(tmp_path / "none*.so"), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    subprocess.run(command, check=True, env=variables, cwd=ROOT)
