@@ -30,8 +30,8 @@ def is_ours(output):
     return "winograd" in output.grad_fn.name()
 
 
-def in_double(function, given):
-    exact = [x.detach().double().requires_grad_() for x in given]
+def in_double(function, leaves):
+    exact = [x.detach().double().requires_grad_() for x in leaves]
     return function(*exact), exact
 
 
@@ -48,16 +48,16 @@ def assert_close(found, expected, tolerance):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_output_and_gradients_are_those_in_float64(compiled, size, layout):
-    given = inputs(*size)
-    given[0] = given[0].detach().contiguous(memory_format=layout).requires_grad_()
-    output = ops.convolution_3x3(*given)
+    leaves = inputs(*size)
+    leaves[0] = leaves[0].detach().contiguous(memory_format=layout).requires_grad_()
+    output = ops.convolution_3x3(*leaves)
     assert is_ours(output)
     assert output.is_contiguous(memory_format=torch.channels_last)
-    expected, exact = in_double(direct, given)
+    expected, exact = in_double(direct, leaves)
     assert_close([output], [expected], 4e-6)
     cotangent = torch.randn(output.shape).contiguous(memory_format=layout)
     wanted = torch.autograd.grad(expected, exact, cotangent.double())
-    found = torch.autograd.grad(output, given, cotangent)
+    found = torch.autograd.grad(output, leaves, cotangent)
     assert_close(found, wanted, 2e-5)
 
 
@@ -71,20 +71,20 @@ def test_output_and_gradients_are_those_in_float64(compiled, size, layout):
     biased=st.booleans(),
 )
 def test_operators_compute_any_size(batch, height, width, channels, filters, biased):
-    given = inputs(
+    leaves = inputs(
         batch, height, width, channels * MULTIPLE, filters * MULTIPLE, dtype=torch.float64
     )
     if not biased:
-        given.pop()
-    output = OPERATORS.winograd_convolution(*given, *[None] * (not biased))
-    expected, exact = in_double(direct, given)
+        leaves.pop()
+    output = OPERATORS.winograd_convolution(*leaves, *[None] * (not biased))
+    expected, exact = in_double(direct, leaves)
     assert_close([output], [expected], 1e-12)
     cotangent = torch.randn_like(output)
     wanted = torch.autograd.grad(expected, exact, cotangent)
-    assert_close(torch.autograd.grad(output, given, cotangent), wanted, 1e-12)
+    assert_close(torch.autograd.grad(output, leaves, cotangent), wanted, 1e-12)
 
 
-@pytest.mark.parametrize("channels, size", [(512, (1, 9, 90)), (128, (1, 200, 120))])
+@pytest.mark.parametrize(("channels", "size"), [(512, (1, 9, 90)), (128, (1, 200, 120))])
 def test_filters_and_images_beyond_the_cache(compiled, channels, size):
     """Filters of 37 MB are read by frequencies, gradients of 1500 tiles are summed in parts."""
     images, weight, _ = inputs(*size, channels, channels)
@@ -98,12 +98,12 @@ def test_filters_and_images_beyond_the_cache(compiled, channels, size):
 
 @pytest.mark.parametrize("channels", [64, 512])
 def test_threads_change_nothing(threads, channels):
-    given = inputs(1, 17, 90, channels, 64 if channels == 64 else 512)
+    leaves = inputs(1, 17, 90, channels, 64 if channels == 64 else 512)
     results = []
     for count in (1, 2, 5):
         torch.set_num_threads(count)
-        output = ops.convolution_3x3(*given)
-        gradients = torch.autograd.grad(output.square().sum(), given[:2])
+        output = ops.convolution_3x3(*leaves)
+        gradients = torch.autograd.grad(output.square().sum(), leaves[:2])
         results.append([output, *gradients])
     for other in results[1:]:
         assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
@@ -119,7 +119,7 @@ def test_an_image_is_the_same_in_any_batch():
 def test_only_where_it_pays():
     images, weight, bias = inputs(2, 16, 16)
     assert is_faster_by_tiles(images, weight)
-    assert 2 * 4 * 4 == FEWEST_TILES
+    assert FEWEST_TILES == 2 * 4 * 4
     narrow = weight[: FEWEST_CHANNELS - MULTIPLE]
     odd = torch.randn(FEWEST_CHANNELS + 1, 64, 3, 3)
     others = [
@@ -130,22 +130,22 @@ def test_only_where_it_pays():
         (images, odd),
         (images.to("meta"), weight.to("meta")),
     ]
-    for given in others:
-        assert not is_faster_by_tiles(*given)
-        assert ops.convolution_3x3(*given).shape == direct(*given).shape
+    for pair in others:
+        assert not is_faster_by_tiles(*pair)
+        assert ops.convolution_3x3(*pair).shape == direct(*pair).shape
     with torch.autocast("cpu", torch.bfloat16):
         assert ops.convolution_3x3(images, weight, bias).dtype == torch.bfloat16
     assert torch.equal(ops.convolution_3x3(images[:1], weight), direct(images[:1], weight))
 
 
 def test_compiled_and_traced_graphs_hold_pytorchs_convolution():
-    given = [x.detach() for x in inputs(2, 16, 16)]
-    expected = direct(*given)
+    leaves = [x.detach() for x in inputs(2, 16, 16)]
+    expected = direct(*leaves)
     compiled = torch.compile(ops.convolution_3x3, fullgraph=True, backend="eager")
     # its own check would run the function itself, which then is not PyTorch's
-    traced = torch.jit.trace(ops.convolution_3x3, tuple(given), check_trace=False)
+    traced = torch.jit.trace(ops.convolution_3x3, tuple(leaves), check_trace=False)
     for function in (compiled, traced):
-        assert torch.equal(function(*given), expected)
+        assert torch.equal(function(*leaves), expected)
 
 
 def test_images_without_pixels_and_no_images():
@@ -164,16 +164,17 @@ def test_values_that_are_not_finite_stay_in_their_neighbourhood():
     images[0, 3, 12, 12] = torch.nan
     output = ops.convolution_3x3(images, weight)
     wrong = output.isnan().any(1)[0].nonzero()
-    assert (wrong.amin(0) >= 8).all() and (wrong.amax(0) < 16).all()  # the tiles around it
+    assert wrong.min() >= 8  # the tiles around it
+    assert wrong.max() < 16
     assert output[0, :, 11:14, 11:14].isnan().all()
 
 
 def test_second_derivatives():
-    given = inputs(1, 5, 6, MULTIPLE, MULTIPLE, dtype=torch.float64)
+    leaves = inputs(1, 5, 6, MULTIPLE, MULTIPLE, dtype=torch.float64)
     results = []
     for function in (OPERATORS.winograd_convolution, direct):
-        first = torch.autograd.grad(function(*given).pow(3).sum(), given, create_graph=True)
-        second = torch.autograd.grad(sum(x.square().sum() for x in first), given)
+        first = torch.autograd.grad(function(*leaves).pow(3).sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(x.square().sum() for x in first), leaves)
         results.append([*first, *second])
     assert_close(*results, 1e-11)
 
@@ -182,12 +183,12 @@ def test_batches_of_gradients_and_transforms():
     images, weight, bias = inputs(2, 16, 16)
     output = ops.convolution_3x3(images, weight, bias)
     cotangents = torch.randn(3, *output.shape)
-    given = [images, weight, bias]
+    leaves = [images, weight, bias]
     batched = torch.autograd.grad(
-        output, given, cotangents, is_grads_batched=True, retain_graph=True
+        output, leaves, cotangents, is_grads_batched=True, retain_graph=True
     )
     for index, cotangent in enumerate(cotangents):
-        wanted = torch.autograd.grad(output, given, cotangent, retain_graph=True)
+        wanted = torch.autograd.grad(output, leaves, cotangent, retain_graph=True)
         assert_close([part[index] for part in batched], wanted, 1e-6)
 
     def loss(image, weight):
@@ -201,15 +202,15 @@ def test_batches_of_gradients_and_transforms():
 
 
 def test_the_operators_are_registered_properly():
-    given = inputs(2, 5, 6, MULTIPLE, 2 * MULTIPLE)
-    torch.library.opcheck(OPERATORS.winograd_convolution.default, given)
-    torch.library.opcheck(OPERATORS.winograd_convolution.default, (*given[:2], None))
+    leaves = inputs(2, 5, 6, MULTIPLE, 2 * MULTIPLE)
+    torch.library.opcheck(OPERATORS.winograd_convolution.default, leaves)
+    torch.library.opcheck(OPERATORS.winograd_convolution.default, (*leaves[:2], None))
     grad_output = torch.randn(2, 2 * MULTIPLE, 5, 6, requires_grad=True)
-    torch.library.opcheck(OPERATORS.winograd_weight_gradient.default, (given[0], grad_output))
+    torch.library.opcheck(OPERATORS.winograd_weight_gradient.default, (leaves[0], grad_output))
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    ("change", "message"),
     [
         (lambda x, w, b: (x[0], w, b), "input needs four axes, it has 3"),
         (lambda x, w, b: (x[:, :17], w, b), "input has 17 channels, expected a multiple of 16"),
