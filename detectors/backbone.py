@@ -22,10 +22,10 @@ class FoldedConv2d(Conv2d):
         scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
         weight = self.weight * scale[:, None, None, None]
         bias = norm.bias - norm.running_mean * scale
-        shape = self.stride, self.padding, self.dilation, self.groups
-        if self.kernel_size == (3, 3) and shape == ((1, 1), (1, 1), (1, 1), 1):
-            return convolution_3x3(x, weight, bias)
-        return F.conv2d(x, weight, bias, *shape)
+        shape = self.kernel_size, self.padding, self.dilation, self.groups
+        if shape == ((3, 3), (1, 1), (1, 1), 1) and self.stride in ((1, 1), (2, 2)):
+            return convolution_3x3(x, weight, bias, self.stride[0])
+        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 def fold_frozen_norms(backbone: nn.Module) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ops
-from ops.convolution import FEWEST_CHANNELS, FEWEST_TILES, MULTIPLE, is_faster_by_tiles
+from ops.convolution import FEWEST_CHANNELS, FEWEST_TILES, MULTIPLE, is_large
 
 OPERATORS = torch.ops.detr_methods
 ROOT = Path(__file__).parents[2]
@@ -35,8 +36,8 @@ def in_double(function, leaves):
     return function(*exact), exact
 
 
-def direct(images, weight, bias=None):
-    return F.conv2d(images, weight, bias, padding=1)
+def direct(images, weight, bias=None, stride=1):
+    return F.conv2d(images, weight, bias, stride, padding=1)
 
 
 def assert_close(found, expected, tolerance):
@@ -116,9 +117,41 @@ def test_an_image_is_the_same_in_any_batch():
         assert torch.equal(ops.convolution_3x3(image[None], weight, bias)[0], output)
 
 
+@pytest.mark.parametrize("size", [(2, 16, 16), (1, 31, 45)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_with_a_stride_of_two(size, layout):
+    leaves = inputs(*size)
+    leaves[0] = leaves[0].detach().contiguous(memory_format=layout).requires_grad_()
+    output = ops.convolution_3x3(*leaves, stride=2)
+    assert output.grad_fn.name() == "_StridedConvolutionBackward"
+    assert torch.equal(output, direct(*leaves, stride=2))
+    expected, exact = in_double(partial(direct, stride=2), leaves)
+    cotangent = torch.randn(output.shape).contiguous(memory_format=layout)
+    wanted = torch.autograd.grad(expected, exact, cotangent.double(), retain_graph=True)
+    for needed in ([0, 1, 2], [0], [1], [2]):
+        found = torch.autograd.grad(output, [leaves[i] for i in needed], cotangent, True)
+        assert_close(found, [wanted[i] for i in needed], 1e-5)
+    first, exact_first = (
+        torch.autograd.grad(y.pow(3).sum(), x[:2], create_graph=True)
+        for y, x in ((output, leaves), (expected, exact))
+    )
+    second, exact_second = (
+        torch.autograd.grad(sum(g.square().sum() for g in grads), x)
+        for grads, x in ((first, leaves), (exact_first, exact))
+    )
+    assert_close(second, exact_second, 1e-5)
+
+
+def test_other_strides_are_pytorchs():
+    images, weight, bias = inputs(2, 16, 16)
+    output = ops.convolution_3x3(images, weight, bias, stride=3)
+    assert output.grad_fn.name() == "ConvolutionBackward0"
+    assert torch.equal(output, direct(images, weight, bias, 3))
+
+
 def test_only_where_it_pays():
     images, weight, bias = inputs(2, 16, 16)
-    assert is_faster_by_tiles(images, weight)
+    assert is_large(images, weight)
     assert FEWEST_TILES == 2 * 4 * 4
     narrow = weight[: FEWEST_CHANNELS - MULTIPLE]
     odd = torch.randn(FEWEST_CHANNELS + 1, 64, 3, 3)
@@ -131,8 +164,11 @@ def test_only_where_it_pays():
         (images.to("meta"), weight.to("meta")),
     ]
     for pair in others:
-        assert not is_faster_by_tiles(*pair)
-        assert ops.convolution_3x3(*pair).shape == direct(*pair).shape
+        assert not is_large(*pair)
+        for stride in (1, 2):
+            output = ops.convolution_3x3(*pair, stride=stride)
+            assert output.grad_fn.name() == "ConvolutionBackward0"
+            assert output.shape == direct(*pair, stride=stride).shape
     with torch.autocast("cpu", torch.bfloat16):
         assert ops.convolution_3x3(images, weight, bias).dtype == torch.bfloat16
     assert torch.equal(ops.convolution_3x3(images[:1], weight), direct(images[:1], weight))
@@ -179,9 +215,10 @@ def test_second_derivatives():
     assert_close(*results, 1e-11)
 
 
-def test_batches_of_gradients_and_transforms():
+@pytest.mark.parametrize("stride", [1, 2])
+def test_batches_of_gradients_and_transforms(stride):
     images, weight, bias = inputs(2, 16, 16)
-    output = ops.convolution_3x3(images, weight, bias)
+    output = ops.convolution_3x3(images, weight, bias, stride)
     cotangents = torch.randn(3, *output.shape)
     leaves = [images, weight, bias]
     batched = torch.autograd.grad(
@@ -192,7 +229,7 @@ def test_batches_of_gradients_and_transforms():
         assert_close([part[index] for part in batched], wanted, 1e-6)
 
     def loss(image, weight):
-        return ops.convolution_3x3(image[None], weight).square().sum()
+        return ops.convolution_3x3(image[None], weight, stride=stride).square().sum()
 
     large = torch.randn(2, 64, 24, 24)
     found = torch.func.vmap(torch.func.grad(loss, argnums=1), in_dims=(0, None))(large, weight)
@@ -235,13 +272,12 @@ def test_weight_gradients_need_images_alike(capability):
 def test_without_the_library_it_is_pytorchs(tmp_path):
     script = (
         "import torch, ops\n"
-        "from ops.convolution import is_faster_by_tiles\n"
         "x, w = torch.randn(2, 64, 16, 16), torch.randn(64, 64, 3, 3)\n"
-        "assert not is_faster_by_tiles(x, w)\n"
         "y = torch.ops.detr_methods.winograd_convolution(x, w, None)\n"
         "g = torch.ops.detr_methods.winograd_weight_gradient(x, y)\n"
         "w.requires_grad_()\n"
         "expected = torch.nn.functional.conv2d(x, w, padding=1)\n"
+        "assert torch.equal(ops.convolution_3x3(x, w), expected)\n"
         "torch.testing.assert_close(y, expected)\n"
         "torch.testing.assert_close(torch.autograd.grad(expected, w, y)[0], g)\n"
     )
