@@ -18,6 +18,7 @@ from ops.gaussian_attention import reference as augmented_attention
 from tools import benchmark_peers as peers
 from tools.benchmark_inputs import (
     Sizes,
+    convolution_inputs,
     deformable_inputs,
     gaussian_inputs,
     linear_inputs,
@@ -27,6 +28,7 @@ from tools.benchmark_inputs import (
 from tools.benchmark_roofline import (
     Work,
     assignment_work,
+    convolution_work,
     deformable_work,
     gaussian_work,
     linear_work,
@@ -126,6 +128,10 @@ def all_cases(sizes: Sizes, device: str) -> Iterator[Case]:
         for channels, hidden in sizes.feed_forward:
             network = partial(feed_forward_contest, sizes, channels, hidden)
             yield Case(f"feed_forward/{channels}x{hidden}/forward+backward", network)
+        for shape, backward in itertools.product(sizes.convolved, (False, True)):
+            passes = "forward+backward" if backward else "forward"
+            convolution = partial(convolution_contest, *shape, backward=backward)
+            yield Case(f"convolution/{'x'.join(map(str, shape))}/{passes}", convolution)
     yield Case("matcher/6_layers", partial(matcher_contest, sizes, device, (6,)))
     yield Case("matcher/6_layers_x_3_groups", partial(matcher_contest, sizes, device, (6, 3)))
 
@@ -241,6 +247,15 @@ def feed_forward_contest(sizes: Sizes, channels: int, hidden: int) -> Contest:
     }
     # where ReLU begins rounding decides as well
     return Contest(work, TOLERANCE[torch.float32], contenders)
+
+
+def convolution_contest(channels: int, height: int, width: int, *, backward: bool) -> Contest:
+    """A convolution of a ResNet's bottleneck; inputs as in :func:`convolution_inputs`."""
+    leaves = convolution_inputs(channels, height, width)
+    timed = partial(_pass, leaves=leaves, output=leaves[0].shape, backward=backward)
+    direct = partial(F.conv2d, padding=1)
+    contenders = {OURS: timed(ops.convolution_3x3), "F.conv2d": timed(direct)}
+    return Contest(convolution_work(*leaves, backward=backward), 2e-4, contenders)
 
 
 def matcher_contest(sizes: Sizes, device: str, layers: tuple[int, ...]) -> Contest:

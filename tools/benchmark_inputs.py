@@ -30,6 +30,12 @@ class Sizes:
     matched_targets: tuple[int, int] = (7, 100)
     linear: tuple[tuple[int, int], ...] = ((256, 256), (256, 1024), (1024, 256))
     feed_forward: tuple[tuple[int, int], ...] = ((256, 1024), (256, 2048))
+    convolved: tuple[tuple[int, int, int], ...] = (
+        (64, 200, 267),
+        (128, 100, 134),
+        (256, 50, 67),
+        (512, 25, 34),
+    )
     compiled_peers: bool = True
 
 
@@ -48,6 +54,7 @@ QUICK = Sizes(
     matched_targets=(1, 4),
     linear=((16, 32),),
     feed_forward=((16, 32),),
+    convolved=((16, 7, 9),),
     compiled_peers=False,
 )
 
@@ -154,3 +161,10 @@ def linear_inputs(sizes: Sizes, batch: int, inputs: int, outputs: int) -> tuple[
     tokens = sum(height * width for height, width in sizes.levels)
     shapes = (batch, tokens, inputs), (outputs, inputs), (outputs,)
     return tuple(random_tensor(shape, "cpu", seed=seed) for seed, shape in enumerate(shapes))
+
+
+def convolution_inputs(channels: int, height: int, width: int) -> tuple[Tensor, ...]:
+    """Two images (2, C, H, W), channels last, weight (C, C, 3, 3) and bias (C,), on the CPU."""
+    shapes = (2, channels, height, width), (channels, channels, 3, 3), (channels,)
+    images, weight, bias = (random_tensor(x, "cpu", seed=seed) for seed, x in enumerate(shapes))
+    return images.contiguous(memory_format=torch.channels_last), weight, bias

@@ -170,6 +170,30 @@ def linear_work(tokens: Tensor, weight: Tensor, bias: Tensor, *, backward: bool 
     return Work(3 * inputs - tensor_bytes(bias) + 2 * output, 3 * flops)
 
 
+def convolution_work(
+    images: Tensor, weight: Tensor, bias: Tensor, *, backward: bool = False
+) -> Work:
+    """Count a convolution of 3 x 3 pixels with a stride of 1 by F(4 x 4, 3 x 3).
+
+    A tile of 4 x 4 outputs takes 36 multiply-adds for each pair of channels, in the backward pass
+    twice as many; transforms are not counted. Bytes as in :func:`linear_work`.
+
+    Args:
+        images: (B, C, H, W).
+        weight: (N, C, 3, 3).
+        bias: (N,).
+        backward: count forward and backward.
+    """
+    batch, channels, height, width = images.shape
+    inputs = tensor_bytes(images, weight, bias)
+    output = tensor_bytes(images) // channels * len(weight)
+    tiles = batch * math.ceil(height / 4) * math.ceil(width / 4)
+    flops = 2 * 36 * tiles * channels * len(weight)
+    if not backward:
+        return Work(inputs + output, flops)
+    return Work(3 * inputs - tensor_bytes(bias) + 2 * output, 3 * flops)
+
+
 def assignment_work(costs: Tensor, sizes: list[int]) -> Work:
     """Count linear assignments: costs are read once, two int64 indices a pair written.
 

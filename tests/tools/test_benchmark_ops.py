@@ -35,6 +35,7 @@ from tools.benchmark_roofline import (
     Work,
     assignment_work,
     bound,
+    convolution_work,
     deformable_work,
     gaussian_work,
     linear_work,
@@ -65,6 +66,16 @@ def test_linear_counts():
     # backward reads tokens, weight and a gradient of 160, writes 184
     both = linear_work(*tensors, backward=True)
     assert both == Work(moved=344 + 120 + 48 + 160 + 184, flops=6 * 10 * 3 * 4)
+
+
+def test_convolution_counts():
+    # images 2 * 3 * 5 * 6 floats, weight 4 * 3 * 9, bias 4, output 2 * 4 * 5 * 6; tiles 2 * 2 * 2
+    tensors = torch.zeros(2, 3, 5, 6), torch.zeros(4, 3, 3, 3), torch.zeros(4)
+    forward = Work(moved=720 + 432 + 16 + 960, flops=2 * 36 * 8 * 3 * 4)
+    assert convolution_work(*tensors) == forward
+    both = convolution_work(*tensors, backward=True)
+    # backward reads images, weight and a gradient of 960, writes 1168
+    assert both == Work(forward.moved + 720 + 432 + 960 + 1168, flops=3 * forward.flops)
 
 
 @pytest.mark.parametrize(("padding", "keys"), [(None, 12), (4, 8)])
