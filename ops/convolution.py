@@ -114,8 +114,8 @@ def _turned(weight: Tensor) -> Tensor:
 
 # --- registration -------------------------------------------------------------------------------
 
-library.define("winograd_convolution(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
-library.define("winograd_weight_gradient(Tensor input, Tensor grad_output) -> Tensor")
+library.define("convolution_3x3(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
+library.define("convolution_3x3_weight_gradient(Tensor input, Tensor grad_output) -> Tensor")
 _operators = getattr(torch.ops, NAMESPACE)
 
 
@@ -163,8 +163,8 @@ def _differentiate_weight_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | Non
 
 def _register() -> None:
     kernels = (
-        ("winograd_convolution", _fake, _reference),
-        ("winograd_weight_gradient", _fake_weight_gradient, _reference_weight_gradient),
+        ("convolution_3x3", _fake, _reference),
+        ("convolution_3x3_weight_gradient", _fake_weight_gradient, _reference_weight_gradient),
     )
     for name, fake, slow in kernels:
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
@@ -174,7 +174,7 @@ def _register() -> None:
 
 
 _register()
-_convolve = differentiable(_operators.winograd_convolution.default, _save, _differentiate)
+_convolve = differentiable(_operators.convolution_3x3.default, _save, _differentiate)
 _weight_gradient = differentiable(
-    _operators.winograd_weight_gradient.default, _save, _differentiate_weight_gradient
+    _operators.convolution_3x3_weight_gradient.default, _save, _differentiate_weight_gradient
 )

@@ -128,10 +128,12 @@ def all_cases(sizes: Sizes, device: str) -> Iterator[Case]:
         for channels, hidden in sizes.feed_forward:
             network = partial(feed_forward_contest, sizes, channels, hidden)
             yield Case(f"feed_forward/{channels}x{hidden}/forward+backward", network)
-        for shape, backward in itertools.product(sizes.convolved, (False, True)):
+        for (channels, height, width), backward in itertools.product(
+            sizes.convolved, (False, True)
+        ):
             passes = "forward+backward" if backward else "forward"
-            convolution = partial(convolution_contest, *shape, backward=backward)
-            yield Case(f"convolution/{'x'.join(map(str, shape))}/{passes}", convolution)
+            convolution = partial(convolution_contest, channels, height, width, backward=backward)
+            yield Case(f"convolution/{channels}x{height}x{width}/{passes}", convolution)
     yield Case("matcher/6_layers", partial(matcher_contest, sizes, device, (6,)))
     yield Case("matcher/6_layers_x_3_groups", partial(matcher_contest, sizes, device, (6, 3)))
 

@@ -55,7 +55,7 @@ def test_windows_of_3x3_pixels_are_the_operators():
         buffer.uniform_(0.1, 3)
     images = laid_out(torch.randn(2, 64, 24, 24))
     shapes = (
-        ({"padding": 1}, "winograd"),
+        ({"padding": 1}, "convolution_3x3"),
         ({"padding": 1, "stride": 2}, "_StridedConvolution"),
         ({"padding": 1, "stride": 3}, "ConvolutionBackward0"),
         ({"padding": 2, "dilation": 2}, "ConvolutionBackward0"),

@@ -28,7 +28,7 @@ def inputs(batch, height, width, channels=64, filters=96, dtype=torch.float32):
 
 
 def is_ours(output):
-    return "winograd" in output.grad_fn.name()
+    return "convolution_3x3" in output.grad_fn.name()
 
 
 def in_double(function, leaves):
@@ -77,7 +77,7 @@ def test_operators_compute_any_size(batch, height, width, channels, filters, bia
     )
     if not biased:
         leaves.pop()
-    output = OPERATORS.winograd_convolution(*leaves, *[None] * (not biased))
+    output = OPERATORS.convolution_3x3(*leaves, *[None] * (not biased))
     expected, exact = in_double(direct, leaves)
     assert_close([output], [expected], 1e-12)
     cotangent = torch.randn_like(output)
@@ -188,7 +188,7 @@ def test_images_without_pixels_and_no_images():
     _, weight, bias = inputs(1, 1, 1)
     for shape in ((0, 64, 5, 5), (2, 64, 0, 5)):
         images = torch.randn(shape, requires_grad=True)
-        output = OPERATORS.winograd_convolution(images, weight, bias)
+        output = OPERATORS.convolution_3x3(images, weight, bias)
         assert output.shape == (shape[0], 96, *shape[2:])
         gradients = torch.autograd.grad(output.sum(), [images, weight, bias])
         assert all(gradient.count_nonzero() == 0 for gradient in gradients)
@@ -208,7 +208,7 @@ def test_values_that_are_not_finite_stay_in_their_neighbourhood():
 def test_second_derivatives():
     leaves = inputs(1, 5, 6, MULTIPLE, MULTIPLE, dtype=torch.float64)
     results = []
-    for function in (OPERATORS.winograd_convolution, direct):
+    for function in (OPERATORS.convolution_3x3, direct):
         first = torch.autograd.grad(function(*leaves).pow(3).sum(), leaves, create_graph=True)
         second = torch.autograd.grad(sum(x.square().sum() for x in first), leaves)
         results.append([*first, *second])
@@ -240,10 +240,12 @@ def test_batches_of_gradients_and_transforms(stride):
 
 def test_the_operators_are_registered_properly():
     leaves = inputs(2, 5, 6, MULTIPLE, 2 * MULTIPLE)
-    torch.library.opcheck(OPERATORS.winograd_convolution.default, leaves)
-    torch.library.opcheck(OPERATORS.winograd_convolution.default, (*leaves[:2], None))
+    torch.library.opcheck(OPERATORS.convolution_3x3.default, leaves)
+    torch.library.opcheck(OPERATORS.convolution_3x3.default, (*leaves[:2], None))
     grad_output = torch.randn(2, 2 * MULTIPLE, 5, 6, requires_grad=True)
-    torch.library.opcheck(OPERATORS.winograd_weight_gradient.default, (leaves[0], grad_output))
+    torch.library.opcheck(
+        OPERATORS.convolution_3x3_weight_gradient.default, (leaves[0], grad_output)
+    )
 
 
 @pytest.mark.parametrize(
@@ -260,21 +262,21 @@ def test_the_operators_are_registered_properly():
 )
 def test_kernels_refuse_what_they_cannot_take(capability, change, message):
     with pytest.raises(ValueError, match=message):
-        OPERATORS.winograd_convolution(*change(*inputs(1, 8, 8)))
+        OPERATORS.convolution_3x3(*change(*inputs(1, 8, 8)))
 
 
 def test_weight_gradients_need_images_alike(capability):
     images, _, _ = inputs(1, 8, 8)
     with pytest.raises(ValueError, match="expected images like"):
-        OPERATORS.winograd_weight_gradient(images, images[:, :, :7])
+        OPERATORS.convolution_3x3_weight_gradient(images, images[:, :, :7])
 
 
 def test_without_the_library_it_is_pytorchs(tmp_path):
     script = (
         "import torch, ops\n"
         "x, w = torch.randn(2, 64, 16, 16), torch.randn(64, 64, 3, 3)\n"
-        "y = torch.ops.detr_methods.winograd_convolution(x, w, None)\n"
-        "g = torch.ops.detr_methods.winograd_weight_gradient(x, y)\n"
+        "y = torch.ops.detr_methods.convolution_3x3(x, w, None)\n"
+        "g = torch.ops.detr_methods.convolution_3x3_weight_gradient(x, y)\n"
         "w.requires_grad_()\n"
         "expected = torch.nn.functional.conv2d(x, w, padding=1)\n"
         "assert torch.equal(ops.convolution_3x3(x, w), expected)\n"

@@ -178,7 +178,7 @@ def test_median_quartiles_and_paired_ratios():
 
 def test_cases_are_named_once_and_judged_where_something_is_required():
     names = [case.name for case in all_cases(Sizes(), "cpu")]
-    assert len(set(names)) == len(names) == 70
+    assert len(set(names)) == len(names) == 78
     assert required("cpu", "deformable_encoder/B1/float32/forward", "grid_sample") == 8
     assert required("cpu", "deformable_encoder/B1/float32/forward+backward", "grid_sample") == 6
     assert required("cpu", "deformable_decoder/N900/B1/float32/forward", "grid_sample") is None
@@ -434,7 +434,7 @@ def test_list_prints_names_alone(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--only", "deformabel"], "--only deformabel matches none of the 72 cases, see --list"),
+        (["--only", "deformabel"], "--only deformabel matches none of the 80 cases, see --list"),
         (["--threads", "0"], "--threads is 0, expected more than 0"),
         (["--repeats", "-1"], "--repeats is -1, expected more than 0"),
         (["--seconds", "nan"], "--seconds is nan, expected more than 0"),

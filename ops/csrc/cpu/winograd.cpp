@@ -201,8 +201,8 @@ at::Tensor filter_gradients(const at::Tensor& images, const at::Tensor& grad_ima
   return filters.permute({3, 2, 0, 1}).contiguous();
 }
 
-at::Tensor winograd_convolution(const at::Tensor& input, const at::Tensor& weight,
-                                const std::optional<at::Tensor>& bias) {
+at::Tensor convolution_3x3(const at::Tensor& input, const at::Tensor& weight,
+                           const std::optional<at::Tensor>& bias) {
   check_images("input", input);
   check_type("weight", weight, input);
   TORCH_CHECK_VALUE(weight.dim() == 4 && weight.size(1) == input.size(1) && weight.size(2) == 3 &&
@@ -220,7 +220,7 @@ at::Tensor winograd_convolution(const at::Tensor& input, const at::Tensor& weigh
                                 input.options(), at::MemoryFormat::ChannelsLast);
   if (output.numel() == 0) return output;
   const at::Tensor images = laid_out(input);
-  AT_DISPATCH_FLOATING_TYPES(input.scalar_type(), "winograd_convolution", [&] {
+  AT_DISPATCH_FLOATING_TYPES(input.scalar_type(), "convolution_3x3", [&] {
     const at::Tensor filters = transformed_filters<scalar_t>(weight);
     const Convolution<scalar_t> given{
         images.const_data_ptr<scalar_t>(), filters.const_data_ptr<scalar_t>(),
@@ -236,7 +236,8 @@ at::Tensor winograd_convolution(const at::Tensor& input, const at::Tensor& weigh
   return output;
 }
 
-at::Tensor winograd_weight_gradient(const at::Tensor& input, const at::Tensor& grad_output) {
+at::Tensor convolution_3x3_weight_gradient(const at::Tensor& input,
+                                           const at::Tensor& grad_output) {
   check_images("input", input);
   check_images("grad_output", grad_output);
   check_type("grad_output", grad_output, input);
@@ -248,7 +249,7 @@ at::Tensor winograd_weight_gradient(const at::Tensor& input, const at::Tensor& g
     return at::zeros({grad_output.size(1), input.size(1), 3, 3}, input.options());
   }
   at::Tensor gradient;
-  AT_DISPATCH_FLOATING_TYPES(input.scalar_type(), "winograd_weight_gradient", [&] {
+  AT_DISPATCH_FLOATING_TYPES(input.scalar_type(), "convolution_3x3_weight_gradient", [&] {
     gradient = filter_gradients<scalar_t>(laid_out(input), laid_out(grad_output));
   });
   return gradient;
@@ -257,8 +258,8 @@ at::Tensor winograd_weight_gradient(const at::Tensor& input, const at::Tensor& g
 }  // namespace
 
 TORCH_LIBRARY_IMPL(detr_methods, CPU, library) {
-  library.impl("winograd_convolution", winograd_convolution);
-  library.impl("winograd_weight_gradient", winograd_weight_gradient);
+  library.impl("convolution_3x3", convolution_3x3);
+  library.impl("convolution_3x3_weight_gradient", convolution_3x3_weight_gradient);
 }
 
 }  // namespace detr_methods
