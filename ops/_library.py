@@ -61,6 +61,18 @@ def has_kernels(tensor: torch.Tensor) -> bool:
     return backend(tensor.device.type) != "PyTorch"
 
 
+def is_eager_in_float32_on_cpu(*tensors: torch.Tensor) -> bool:
+    """Whether it may depend on the sizes of tensors which way of computing is taken.
+
+    In traced and compiled graphs other sizes may come, and compilers choose themselves.
+    """
+    if torch.jit.is_tracing() or torch.compiler.is_compiling():
+        return False
+    return not torch.is_autocast_enabled("cpu") and all(
+        tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors
+    )
+
+
 def cpu_capability() -> str:
     """Vector instructions that the compiled CPU kernels use here: avx512, avx2 or baseline."""
     return torch.ops.detr_methods.cpu_capability("")

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._library import is_eager_in_float32_on_cpu
+
 FEWEST_PRODUCTS, FEWEST_CHANNELS = 2**28, 64
 """Multiply-adds and channels below which PyTorch's own way is as fast."""
 
@@ -37,17 +39,13 @@ def as_image(tokens: Tensor) -> Tensor:
 
 def is_faster_as_convolution(tokens: Tensor, weight: Tensor) -> bool:
     """Whether :func:`linear` of tokens (..., K) and a weight (N, K) is a convolution."""
-    if torch.jit.is_tracing() or torch.compiler.is_compiling():
-        return False  # other sizes may come, and compilers choose themselves
     return (
-        tokens.device.type == "cpu"
-        and tokens.dtype == torch.float32
+        is_eager_in_float32_on_cpu(tokens)
         and tokens.shape[:-1].numel() * weight.numel() >= FEWEST_PRODUCTS
         and min(weight.shape) >= FEWEST_CHANNELS
         and torch.get_num_threads() > 1  # PyTorch's convolution of one image is its own otherwise
         and torch.backends.mkldnn.is_available()
         and bool(torch.backends.mkldnn.enabled)
-        and not torch.is_autocast_enabled("cpu")
     )
 
 

@@ -257,7 +257,7 @@ def convolution_contest(channels: int, height: int, width: int, *, backward: boo
     timed = partial(_pass, leaves=leaves, output=leaves[0].shape, backward=backward)
     direct = partial(F.conv2d, padding=1)
     contenders = {OURS: timed(ops.convolution_3x3), "F.conv2d": timed(direct)}
-    return Contest(convolution_work(*leaves, backward=backward), 2e-4, contenders)
+    return Contest(convolution_work(*leaves, backward=backward), 2e-5, contenders)
 
 
 def matcher_contest(sizes: Sizes, device: str, layers: tuple[int, ...]) -> Contest:

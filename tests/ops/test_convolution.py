@@ -99,7 +99,7 @@ def test_filters_and_images_beyond_the_cache(compiled, channels, size):
 
 @pytest.mark.parametrize("channels", [64, 512])
 def test_threads_change_nothing(threads, channels):
-    leaves = inputs(1, 17, 90, channels, 64 if channels == 64 else 512)
+    leaves = inputs(1, 17, 90, channels, channels)
     results = []
     for count in (1, 2, 5):
         torch.set_num_threads(count)

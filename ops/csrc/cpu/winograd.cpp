@@ -94,16 +94,6 @@ int64_t filled_rows(const WinogradTiles<T>& input, int64_t tiles) {
 }
 
 template <typename T>
-WinogradTiles<const T> read_only(const WinogradTiles<T>& tiles, int64_t first = 0) {
-  return {tiles.data + first * tiles.channels, tiles.stride, tiles.channels};
-}
-
-template <typename T>
-WinogradTiles<T> from_tile(const WinogradTiles<T>& tiles, int64_t first) {
-  return {tiles.data + first * tiles.channels, tiles.stride, tiles.channels};
-}
-
-template <typename T>
 struct Convolution {
   const T* images;
   const T* filters;  // transformed
@@ -126,9 +116,9 @@ void convolve_by_tiles(const Convolution<T>& given) {
       const int64_t rows = filled_rows(buffer.input, end - begin);
       DETR_METHODS_DISPATCH(
           winograd_inputs<T>(given.images, given.grid, buffer.input, begin, end))
-      DETR_METHODS_DISPATCH(winograd_products<T>(read_only(buffer.input), given.filters,
+      DETR_METHODS_DISPATCH(winograd_products<T>(buffer.input.read_only(), given.filters,
                                                  buffer.product, rows, 0, winograd_frequencies))
-      DETR_METHODS_DISPATCH(winograd_outputs<T>(read_only(buffer.product), given.bias,
+      DETR_METHODS_DISPATCH(winograd_outputs<T>(buffer.product.read_only(), given.bias,
                                                 given.output, given.grid, begin, end))
     }
   });
@@ -145,14 +135,14 @@ void convolve_by_frequencies(const Convolution<T>& given) {
     const int64_t rows = filled_rows(buffer.input, end - begin);
     at::parallel_for(begin, end, winograd_rows, [&](int64_t first, int64_t last) {
       DETR_METHODS_DISPATCH(winograd_inputs<T>(
-          given.images, given.grid, from_tile(buffer.input, first - begin), first, last))
+          given.images, given.grid, buffer.input.from(first - begin), first, last))
     });
     at::parallel_for(0, winograd_frequencies, 1, [&](int64_t first, int64_t last) {
-      DETR_METHODS_DISPATCH(winograd_products<T>(read_only(buffer.input), given.filters,
+      DETR_METHODS_DISPATCH(winograd_products<T>(buffer.input.read_only(), given.filters,
                                                  buffer.product, rows, first, last))
     });
     at::parallel_for(begin, end, winograd_rows, [&](int64_t first, int64_t last) {
-      DETR_METHODS_DISPATCH(winograd_outputs<T>(read_only(buffer.product, first - begin),
+      DETR_METHODS_DISPATCH(winograd_outputs<T>(buffer.product.from(first - begin).read_only(),
                                                 given.bias, given.output, given.grid, first, last))
     });
   }
@@ -164,9 +154,9 @@ void add_filter_gradients(const T* images, const T* grad_images, const WinogradG
                           const TileBuffer<T>& buffer, T* gradients, int64_t begin, int64_t end) {
   at::parallel_for(begin, end, winograd_rows, [&](int64_t first, int64_t last) {
     DETR_METHODS_DISPATCH(winograd_inputs<T>(
-        images, grid, from_tile(buffer.input, first - begin), first, last))
+        images, grid, buffer.input.from(first - begin), first, last))
     DETR_METHODS_DISPATCH(winograd_output_gradients<T>(
-        grad_images, grid, from_tile(buffer.product, first - begin), first, last))
+        grad_images, grid, buffer.product.from(first - begin), first, last))
   });
   const int64_t channels = buffer.input.channels;
   const int64_t parts = divide_up(channels, channels_of_product);
@@ -175,7 +165,7 @@ void add_filter_gradients(const T* images, const T* grad_images, const WinogradG
       const int64_t from = k % parts * channels_of_product;
       const int64_t to = std::min(from + channels_of_product, channels);
       DETR_METHODS_DISPATCH(
-          winograd_filter_products<T>(read_only(buffer.input), read_only(buffer.product),
+          winograd_filter_products<T>(buffer.input.read_only(), buffer.product.read_only(),
                                       end - begin, begin > 0, k / parts, gradients, from, to))
     }
   });

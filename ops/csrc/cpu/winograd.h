@@ -33,6 +33,9 @@ template <typename T>
 struct WinogradTiles {
   T* data;
   int64_t stride, channels;
+
+  WinogradTiles from(int64_t tile) const { return {data + tile * channels, stride, channels}; }
+  WinogradTiles<const T> read_only() const { return {data, stride, channels}; }
 };
 
 DETR_METHODS_DECLARE(
