@@ -42,7 +42,7 @@ def convolution_3x3(
         (B, N, H, W), with a stride (B, N, ceil(H / stride), ceil(W / stride)).
     """
     if stride == 1 and COMPILED_PATH is not None and is_large(images, weight):
-        return _convolve(images, weight, bias)
+        return _convolve(images, weight, bias, False)
     transformed = torch._C._are_functorch_transforms_active()
     if stride == 2 and is_large(images, weight) and not transformed:
         return _StridedConvolution.apply(images, weight, bias)
@@ -94,19 +94,19 @@ class _StridedConvolution(torch.autograd.Function):
 
 
 def _turned(weight: Tensor) -> Tensor:
-    """The filters that carry gradients from the outputs (N) back to the images (C)."""
+    """The filters that carry gradients from the outputs (N) back to the images (C), and back."""
     return weight.flip(2, 3).transpose(0, 1)
 
 
 # --- registration -------------------------------------------------------------------------------
 
-library.define("convolution_3x3(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
+library.define("convolution_3x3(Tensor input, Tensor weight, Tensor? bias, bool turned) -> Tensor")
 library.define("convolution_3x3_weight_gradient(Tensor input, Tensor grad_output) -> Tensor")
 _operators = getattr(torch.ops, NAMESPACE)
 
 
-def _reference(images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    result = F.conv2d(images, weight, bias, padding=1)
+def _reference(images: Tensor, weight: Tensor, bias: Tensor | None, turned: bool) -> Tensor:
+    result = F.conv2d(images, _turned(weight) if turned else weight, bias, padding=1)
     return result.contiguous(memory_format=torch.channels_last)
 
 
@@ -115,8 +115,8 @@ def _reference_weight_gradient(images: Tensor, grad_output: Tensor) -> Tensor:
     return conv2d_weight(images, shape, grad_output, padding=1).contiguous()
 
 
-def _fake(images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    shape = (images.shape[0], weight.shape[0], *images.shape[2:])
+def _fake(images: Tensor, weight: Tensor, bias: Tensor | None, turned: bool) -> Tensor:
+    shape = (images.shape[0], weight.shape[int(turned)], *images.shape[2:])
     return images.new_empty(shape).contiguous(memory_format=torch.channels_last)
 
 
@@ -126,24 +126,33 @@ def _fake_weight_gradient(images: Tensor, grad_output: Tensor) -> Tensor:
 
 def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:2])
+    ctx.turned = inputs[3]
 
 
 def _differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     images, weight = ctx.saved_tensors
-    for_images, for_weight, for_bias = ctx.needs_input_grad
+    for_images, for_weight, for_bias, _ = ctx.needs_input_grad
+    of_weight = _weight_gradient(images, grad_output) if for_weight else None
+    if ctx.turned and of_weight is not None:
+        of_weight = _turned(of_weight)
     return (
-        _convolve(grad_output, _turned(weight), None) if for_images else None,
-        _weight_gradient(images, grad_output) if for_weight else None,
+        _convolve(grad_output, weight, None, not ctx.turned) if for_images else None,
+        of_weight,
         grad_output.sum((0, 2, 3)) if for_bias else None,
+        None,
     )
+
+
+def _save_weight_gradient(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
 
 
 def _differentiate_weight_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     images, grad_output = ctx.saved_tensors
     for_images, for_grad_output = ctx.needs_input_grad
     return (
-        _convolve(grad_output, _turned(grad), None) if for_images else None,
-        _convolve(images, grad, None) if for_grad_output else None,
+        _convolve(grad_output, grad, None, True) if for_images else None,
+        _convolve(images, grad, None, False) if for_grad_output else None,
     )
 
 
@@ -162,5 +171,7 @@ def _register() -> None:
 _register()
 _convolve = differentiable(_operators.convolution_3x3.default, _save, _differentiate)
 _weight_gradient = differentiable(
-    _operators.convolution_3x3_weight_gradient.default, _save, _differentiate_weight_gradient
+    _operators.convolution_3x3_weight_gradient.default,
+    _save_weight_gradient,
+    _differentiate_weight_gradient,
 )

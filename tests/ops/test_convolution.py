@@ -40,6 +40,11 @@ def direct(images, weight, bias=None, stride=1):
     return F.conv2d(images, weight, bias, stride, padding=1)
 
 
+def turned(images, weight, bias=None):
+    """The convolution that carries gradients back, or with its own weight forth."""
+    return direct(images, weight.flip(2, 3).transpose(0, 1), bias)
+
+
 def assert_close(found, expected, tolerance):
     for mine, theirs in zip(found, expected, strict=True):
         assert mine.shape == theirs.shape
@@ -70,15 +75,18 @@ def test_output_and_gradients_are_those_in_float64(compiled, size, layout):
     channels=st.integers(1, 5),
     filters=st.integers(1, 5),
     biased=st.booleans(),
+    turns=st.booleans(),
 )
-def test_operators_compute_any_size(batch, height, width, channels, filters, biased):
+def test_operators_compute_any_size(batch, height, width, channels, filters, biased, turns):
     leaves = inputs(
         batch, height, width, channels * MULTIPLE, filters * MULTIPLE, dtype=torch.float64
     )
     if not biased:
         leaves.pop()
-    output = OPERATORS.convolution_3x3(*leaves, *[None] * (not biased))
-    expected, exact = in_double(direct, leaves)
+    if turns:
+        leaves[1] = leaves[1].detach().transpose(0, 1).requires_grad_()
+    output = OPERATORS.convolution_3x3(*leaves, *[None] * (not biased), turns)
+    expected, exact = in_double(turned if turns else direct, leaves)
     assert_close([output], [expected], 1e-12)
     cotangent = torch.randn_like(output)
     wanted = torch.autograd.grad(expected, exact, cotangent)
@@ -188,7 +196,7 @@ def test_images_without_pixels_and_no_images():
     _, weight, bias = inputs(1, 1, 1)
     for shape in ((0, 64, 5, 5), (2, 64, 0, 5)):
         images = torch.randn(shape, requires_grad=True)
-        output = OPERATORS.convolution_3x3(images, weight, bias)
+        output = OPERATORS.convolution_3x3(images, weight, bias, False)
         assert output.shape == (shape[0], 96, *shape[2:])
         gradients = torch.autograd.grad(output.sum(), [images, weight, bias])
         assert all(gradient.count_nonzero() == 0 for gradient in gradients)
@@ -205,10 +213,11 @@ def test_values_that_are_not_finite_stay_in_their_neighbourhood():
     assert output[0, :, 11:14, 11:14].isnan().all()
 
 
-def test_second_derivatives():
+@pytest.mark.parametrize(("turns", "reference"), [(False, direct), (True, turned)])
+def test_second_derivatives(turns, reference):
     leaves = inputs(1, 5, 6, MULTIPLE, MULTIPLE, dtype=torch.float64)
     results = []
-    for function in (OPERATORS.convolution_3x3, direct):
+    for function in (partial(OPERATORS.convolution_3x3, turned=turns), reference):
         first = torch.autograd.grad(function(*leaves).pow(3).sum(), leaves, create_graph=True)
         second = torch.autograd.grad(sum(x.square().sum() for x in first), leaves)
         results.append([*first, *second])
@@ -240,8 +249,12 @@ def test_batches_of_gradients_and_transforms(stride):
 
 def test_the_operators_are_registered_properly():
     leaves = inputs(2, 5, 6, MULTIPLE, 2 * MULTIPLE)
-    torch.library.opcheck(OPERATORS.convolution_3x3.default, leaves)
-    torch.library.opcheck(OPERATORS.convolution_3x3.default, (*leaves[:2], None))
+    torch.library.opcheck(OPERATORS.convolution_3x3.default, (*leaves, False))
+    back = torch.randn(2 * MULTIPLE, MULTIPLE, 3, 3, requires_grad=True)
+    torch.library.opcheck(OPERATORS.convolution_3x3.default, (leaves[0], back, None, False))
+    torch.library.opcheck(
+        OPERATORS.convolution_3x3.default, (leaves[0], back.transpose(0, 1), None, True)
+    )
     grad_output = torch.randn(2, 2 * MULTIPLE, 5, 6, requires_grad=True)
     torch.library.opcheck(
         OPERATORS.convolution_3x3_weight_gradient.default, (leaves[0], grad_output)
@@ -262,7 +275,13 @@ def test_the_operators_are_registered_properly():
 )
 def test_kernels_refuse_what_they_cannot_take(capability, change, message):
     with pytest.raises(ValueError, match=message):
-        OPERATORS.convolution_3x3(*change(*inputs(1, 8, 8)))
+        OPERATORS.convolution_3x3(*change(*inputs(1, 8, 8)), False)
+
+
+def test_turned_filters_need_the_inputs_channels_first(capability):
+    images, weight, _ = inputs(1, 8, 8)
+    with pytest.raises(ValueError, match="weight has shape"):
+        OPERATORS.convolution_3x3(images, weight, None, True)
 
 
 def test_weight_gradients_need_images_alike(capability):
@@ -275,13 +294,15 @@ def test_without_the_library_it_is_pytorchs(tmp_path):
     script = (
         "import torch, ops\n"
         "x, w = torch.randn(2, 64, 16, 16), torch.randn(64, 64, 3, 3)\n"
-        "y = torch.ops.detr_methods.convolution_3x3(x, w, None)\n"
+        "y = torch.ops.detr_methods.convolution_3x3(x, w, None, False)\n"
         "g = torch.ops.detr_methods.convolution_3x3_weight_gradient(x, y)\n"
-        "w.requires_grad_()\n"
+        "back = torch.ops.detr_methods.convolution_3x3(y, w, None, True)\n"
+        "x.requires_grad_(), w.requires_grad_()\n"
         "expected = torch.nn.functional.conv2d(x, w, padding=1)\n"
         "assert torch.equal(ops.convolution_3x3(x, w), expected)\n"
         "torch.testing.assert_close(y, expected)\n"
-        "torch.testing.assert_close(torch.autograd.grad(expected, w, y)[0], g)\n"
+        "found = torch.autograd.grad(expected, (x, w), y)\n"
+        "torch.testing.assert_close(list(found), [back, g], rtol=1e-4, atol=1e-2)\n"
     )
     variables = {"DETR_METHODS_OPS": str(tmp_path / "none*.so"), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-W", "ignore", "-c", script]

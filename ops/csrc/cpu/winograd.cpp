@@ -54,14 +54,13 @@ int64_t tiles_in(int64_t bytes, int64_t channels, int64_t tiles, int64_t element
 int64_t stride_of(int64_t tiles, int64_t channels) { return tiles * channels + winograd_channels; }
 
 template <typename T>
-at::Tensor transformed_filters(const at::Tensor& weight) {
-  const at::Tensor filters = weight.permute({2, 3, 1, 0}).contiguous();
-  const int64_t inputs = weight.size(1), outputs = weight.size(0);
-  at::Tensor transformed = at::empty({winograd_frequencies, inputs, outputs}, weight.options());
-  const T* from = filters.const_data_ptr<T>();
+at::Tensor transformed_filters(const WinogradFilters<const T>& filters,
+                               const at::TensorOptions& options) {
+  at::Tensor transformed =
+      at::empty({winograd_frequencies, filters.inputs, filters.outputs}, options);
   T* to = transformed.mutable_data_ptr<T>();
-  at::parallel_for(0, inputs, rows_of_filters, [&](int64_t begin, int64_t end) {
-    DETR_METHODS_DISPATCH(winograd_filters<T>(from, to, inputs, outputs, begin, end))
+  at::parallel_for(0, filters.inputs, rows_of_filters, [&](int64_t begin, int64_t end) {
+    DETR_METHODS_DISPATCH(winograd_filters<T>(filters, to, begin, end))
   });
   return transformed;
 }
@@ -178,46 +177,50 @@ at::Tensor filter_gradients(const at::Tensor& images, const at::Tensor& grad_ima
   const int64_t count = tiles_in(bytes_of_pass, inputs + outputs, tiles, sizeof(T));
   const TileBuffer<T> buffer(count, inputs, outputs, images.options());
   at::Tensor total = at::empty({winograd_frequencies, inputs, outputs}, images.options());
-  at::Tensor filters = at::empty({3, 3, inputs, outputs}, images.options());
+  at::Tensor gradient = at::empty({outputs, inputs, 3, 3}, images.options());
   T* sums = total.mutable_data_ptr<T>();
   for (int64_t begin = 0; begin < tiles; begin += count) {
     add_filter_gradients<T>(images.const_data_ptr<T>(), grad_images.const_data_ptr<T>(), grid,
                             buffer, sums, begin, std::min(begin + count, tiles));
   }
-  T* to = filters.mutable_data_ptr<T>();
+  const WinogradFilters<T> filters{gradient.mutable_data_ptr<T>(), inputs, outputs, false};
   at::parallel_for(0, inputs, rows_of_filters, [&](int64_t begin, int64_t end) {
-    DETR_METHODS_DISPATCH(winograd_filter_gradients<T>(sums, to, inputs, outputs, begin, end))
+    DETR_METHODS_DISPATCH(winograd_filter_gradients<T>(sums, filters, begin, end))
   });
-  return filters.permute({3, 2, 0, 1}).contiguous();
+  return gradient;
 }
 
 at::Tensor convolution_3x3(const at::Tensor& input, const at::Tensor& weight,
-                           const std::optional<at::Tensor>& bias) {
+                           const std::optional<at::Tensor>& bias, bool turned) {
   check_images("input", input);
   check_type("weight", weight, input);
-  TORCH_CHECK_VALUE(weight.dim() == 4 && weight.size(1) == input.size(1) && weight.size(2) == 3 &&
-                        weight.size(3) == 3 && weight.size(0) % winograd_channels == 0,
-                    "weight has shape ", weight.sizes(), ", expected (a multiple of ",
-                    winograd_channels, ", ", input.size(1), ", 3, 3)");
+  const int64_t axis = turned ? 1 : 0;  // of the outputs
+  TORCH_CHECK_VALUE(weight.dim() == 4 && weight.size(1 - axis) == input.size(1) &&
+                        weight.size(axis) % winograd_channels == 0 && weight.size(2) == 3 &&
+                        weight.size(3) == 3,
+                    "weight has shape ", weight.sizes(), ", expected ", input.size(1), " and a ",
+                    "multiple of ", winograd_channels, " channels and 3 x 3 pixels");
+  const int64_t outputs = weight.size(axis);
   at::Tensor added;
   if (bias.has_value()) {
     check_type("bias", *bias, input);
-    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == weight.size(0),
+    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == outputs,
                       "bias needs one element for each filter");
     added = bias->contiguous();
   }
-  at::Tensor output = at::empty({input.size(0), weight.size(0), input.size(2), input.size(3)},
+  at::Tensor output = at::empty({input.size(0), outputs, input.size(2), input.size(3)},
                                 input.options(), at::MemoryFormat::ChannelsLast);
   if (output.numel() == 0) return output;
-  const at::Tensor images = laid_out(input);
+  const at::Tensor images = laid_out(input), filters = weight.contiguous();
   AT_DISPATCH_FLOATING_TYPES(input.scalar_type(), "convolution_3x3", [&] {
-    const at::Tensor filters = transformed_filters<scalar_t>(weight);
+    const at::Tensor transformed = transformed_filters<scalar_t>(
+        {filters.const_data_ptr<scalar_t>(), input.size(1), outputs, turned}, filters.options());
     const Convolution<scalar_t> given{
-        images.const_data_ptr<scalar_t>(), filters.const_data_ptr<scalar_t>(),
+        images.const_data_ptr<scalar_t>(), transformed.const_data_ptr<scalar_t>(),
         added.defined() ? added.const_data_ptr<scalar_t>() : nullptr,
-        output.mutable_data_ptr<scalar_t>(), grid_of(images), weight.size(1), weight.size(0),
-        filters.options()};
-    if (static_cast<int64_t>(filters.nbytes()) <= bytes_of_pass) {
+        output.mutable_data_ptr<scalar_t>(), grid_of(images), input.size(1), outputs,
+        transformed.options()};
+    if (static_cast<int64_t>(transformed.nbytes()) <= bytes_of_pass) {
       convolve_by_tiles(given);
     } else {
       convolve_by_frequencies(given);

@@ -38,14 +38,27 @@ struct WinogradTiles {
   WinogradTiles<const T> read_only() const { return {data, stride, channels}; }
 };
 
+// Filters from C inputs to N outputs, in memory (N, C, 3, 3), or (C, N, 3, 3) and turned by 180
+// degrees.
+template <typename T>
+struct WinogradFilters {
+  T* data;
+  int64_t inputs, outputs;
+  bool turned;
+
+  T* at(int64_t input, int64_t output) const {
+    return data + 9 * (turned ? input * outputs + output : output * inputs + input);
+  }
+};
+
 DETR_METHODS_DECLARE(
-    // Transform rows [begin, end) of C of filters (3, 3, C, N) to 36 matrices (C, N), each of them
-    // in panels of winograd_panel columns, which lie one after the other.
-    template <typename T> void winograd_filters(const T* filters, T* transformed, int64_t inputs,
-                                                int64_t outputs, int64_t begin, int64_t end);
-    // The gradient of filters (3, 3, C, N) from that of the transformed ones.
-    template <typename T> void winograd_filter_gradients(const T* transformed, T* filters,
-                                                         int64_t inputs, int64_t outputs,
+    // Transform rows [begin, end) of C of filters to 36 matrices (C, N), each of them in panels of
+    // winograd_panel columns, which lie one after the other.
+    template <typename T> void winograd_filters(const WinogradFilters<const T>& filters,
+                                                T* transformed, int64_t begin, int64_t end);
+    // The gradient of filters from that of the transformed ones (36, C, N).
+    template <typename T> void winograd_filter_gradients(const T* transformed,
+                                                         const WinogradFilters<T>& filters,
                                                          int64_t begin, int64_t end);
     // Inputs of tiles [begin, end) to the first of `tiles`.
     template <typename T> void winograd_inputs(const T* images, const WinogradGrid& grid,

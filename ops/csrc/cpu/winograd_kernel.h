@@ -97,33 +97,75 @@ DETR_METHODS_INLINE void transform(Read read, Write write) {
   }
 }
 
+// The taps of some filters: of `rows` inputs, each with those of a panel of outputs side by side.
 template <typename T>
-void winograd_filters(const T* filters, T* transformed, int64_t inputs, int64_t outputs,
-                      int64_t begin, int64_t end) {
-  const int64_t size = inputs * outputs;
-  for (int64_t panel = 0; panel < outputs; panel += winograd_panel) {
-    const int64_t width = std::min(winograd_panel, outputs - panel);
-    for (int64_t row = begin; row < end; ++row) {
-      const T* from = filters + row * outputs + panel;
-      T* to = transformed + panel * inputs + row * width;
-      for (int64_t n = 0; n < width; n += lanes<T>) {
-        transform<FilterTransform, T>(
-            [&](int i, int j) { return load(from + (3 * i + j) * size + n); },
-            [&](int i, int j, Vector<T> x) { store(to + (6 * i + j) * size + n, x); });
+struct alignas(64) Taps {
+  static constexpr int64_t rows = 4;
+  T values[rows][9][winograd_panel];
+};
+
+// `move(filter's tap, panel's place)` all taps of a panel of `width` outputs and of `height` inputs.
+template <typename P, typename T, typename Move>
+DETR_METHODS_INLINE void each_tap(const WinogradFilters<P>& filters, int64_t row, int64_t height,
+                                  int64_t panel, int64_t width, Taps<T>& taps, Move move) {
+  for (int64_t n = 0; n < width; ++n) {
+    for (int64_t c = 0; c < height; ++c) {
+      P* filter = filters.at(row + c, panel + n);
+      for (int64_t k = 0; k < 9; ++k) {
+        move(filter[k], taps.values[c][filters.turned ? 8 - k : k][n]);
       }
     }
   }
 }
 
-template <typename T>
-void winograd_filter_gradients(const T* transformed, T* filters, int64_t inputs, int64_t outputs,
-                               int64_t begin, int64_t end) {
-  const int64_t size = inputs * outputs;
-  for (int64_t k = begin * outputs; k < end * outputs; k += lanes<T>) {
-    transform<FilterGradient, T>(
-        [&](int i, int j) { return load(transformed + (6 * i + j) * size + k); },
-        [&](int i, int j, Vector<T> x) { store(filters + (3 * i + j) * size + k, x); });
+// `use(row, height, panel, width)` blocks of inputs [begin, end) and of all outputs.
+template <typename Use>
+DETR_METHODS_INLINE void each_block(int64_t outputs, int64_t rows, int64_t begin, int64_t end,
+                                    Use use) {
+  for (int64_t panel = 0; panel < outputs; panel += winograd_panel) {
+    const int64_t width = std::min(winograd_panel, outputs - panel);
+    for (int64_t row = begin; row < end; row += rows) {
+      use(row, std::min(rows, end - row), panel, width);
+    }
   }
+}
+
+template <typename T>
+void winograd_filters(const WinogradFilters<const T>& filters, T* transformed, int64_t begin,
+                      int64_t end) {
+  const int64_t size = filters.inputs * filters.outputs;
+  Taps<T> taps;
+  each_block(filters.outputs, Taps<T>::rows, begin, end,
+             [&](int64_t row, int64_t height, int64_t panel, int64_t width) {
+    each_tap(filters, row, height, panel, width, taps, [](const T& tap, T& to) { to = tap; });
+    for (int64_t c = 0; c < height; ++c) {
+      T* to = transformed + panel * filters.inputs + (row + c) * width;
+      for (int64_t n = 0; n < width; n += lanes<T>) {
+        transform<FilterTransform, T>(
+            [&](int i, int j) { return load(taps.values[c][3 * i + j] + n); },
+            [&](int i, int j, Vector<T> x) { store(to + (6 * i + j) * size + n, x); });
+      }
+    }
+  });
+}
+
+template <typename T>
+void winograd_filter_gradients(const T* transformed, const WinogradFilters<T>& filters,
+                               int64_t begin, int64_t end) {
+  const int64_t size = filters.inputs * filters.outputs;
+  Taps<T> taps;
+  each_block(filters.outputs, Taps<T>::rows, begin, end,
+             [&](int64_t row, int64_t height, int64_t panel, int64_t width) {
+    for (int64_t c = 0; c < height; ++c) {
+      const T* from = transformed + (row + c) * filters.outputs + panel;
+      for (int64_t n = 0; n < width; n += lanes<T>) {
+        transform<FilterGradient, T>(
+            [&](int i, int j) { return load(from + (6 * i + j) * size + n); },
+            [&](int i, int j, Vector<T> x) { store(taps.values[c][3 * i + j] + n, x); });
+      }
+    }
+    each_tap(filters, row, height, panel, width, taps, [](T& tap, T& from) { tap = from; });
+  });
 }
 
 // Call `use(tile, image, row, column)` for tiles [begin, end), with the place of their first
@@ -230,8 +272,9 @@ void winograd_filter_products(WinogradTiles<const T> inputs, WinogradTiles<const
 }
 
 #define DETR_METHODS_INSTANTIATE(T)                                                             \
-  template void winograd_filters<T>(const T*, T*, int64_t, int64_t, int64_t, int64_t);          \
-  template void winograd_filter_gradients<T>(const T*, T*, int64_t, int64_t, int64_t, int64_t); \
+  template void winograd_filters<T>(const WinogradFilters<const T>&, T*, int64_t, int64_t);      \
+  template void winograd_filter_gradients<T>(const T*, const WinogradFilters<T>&, int64_t,      \
+                                             int64_t);                                          \
   template void winograd_inputs<T>(const T*, const WinogradGrid&, WinogradTiles<T>, int64_t,    \
                                    int64_t);                                                    \
   template void winograd_output_gradients<T>(const T*, const WinogradGrid&, WinogradTiles<T>,   \
