@@ -102,9 +102,9 @@ class Signals:
         self.last = number
 
 
-def training_environment(device: str, datasets: Path, jobs: int) -> dict[str, str]:
-    """Return the environment of one of ``jobs`` trainings at a time, which share the cores."""
-    threads = max(1, _cores() // jobs)
+def training_environment(device: str, datasets: Path, at_a_time: int) -> dict[str, str]:
+    """Return the environment of a training that shares the cores with others."""
+    threads = max(1, _cores() // at_a_time)
     environment = {
         **os.environ,
         "DETECTRON2_DATASETS": str(datasets.absolute()),

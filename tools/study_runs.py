@@ -73,7 +73,6 @@ class Study:
         self._configs = configs
         self._results = results
         self._facts = facts
-        self._environment = training_environment(settings.device, settings.datasets, settings.jobs)
         self._begun: dict[Run, float] = {}
         self._stopping = False
 
@@ -155,11 +154,17 @@ class Study:
         resumes = folder.is_begun(digest)
         if folder.begin(self._configs.of(run.cell), digest, run.seed, self._starts(run)):
             say(f"{run}: settings have changed, what was there is now in {folder.path}.previous-*")
-        self._running[run] = start(folder.config, folder.console, self._environment, lock)
+        self._running[run] = start(folder.config, folder.console, self._environment(run), lock)
         self._begun[run] = time.monotonic()
         how = f"goes on after iteration {folder.iterations_done()}" if resumes else "starts"
         why = " (again: others need its weights)" if run.again else ""
         say(f"{run}: {how}{why}")
+
+    def _environment(self, run: Run) -> dict[str, str]:
+        """The backbone, which all others wait for, has all cores."""
+        settings = self._settings
+        at_a_time = 1 if run.cell is self._preset.backbone else settings.jobs
+        return training_environment(settings.device, settings.datasets, at_a_time)
 
     def _collect(self) -> None:
         """Deal with the trainings that have ended."""

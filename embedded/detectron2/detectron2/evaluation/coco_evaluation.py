@@ -1,4 +1,4 @@
-"""COCO's average precision of boxes, computed by pycocotools."""
+"""COCO's average precision of boxes, computed by faster-coco-eval or pycocotools."""
 
 import contextlib
 import io
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from faster_coco_eval import COCOeval_faster
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -69,7 +70,7 @@ class COCOEvaluator(DatasetEvaluator):
                 COCO's format, as coco_instances_results.json.
             max_dets_per_image: detections per image that count, those with the highest scores; 100
                 if None, and at least 10.
-            use_fast_impl: accepted for compatibility, the evaluation is always pycocotools'.
+            use_fast_impl: compute the same in C++, some ten times as fast as pycocotools.
             kpt_oks_sigmas: must stay empty, keypoints are not supported.
             allow_cached_coco: use the converted file of an earlier evaluation.
 
@@ -85,6 +86,7 @@ class COCOEvaluator(DatasetEvaluator):
         self._logger = logging.getLogger(__name__)
         self._distributed = distributed
         self._output_dir = output_dir
+        self._kind = COCOeval_faster if use_fast_impl else COCOeval
         # pycocotools sorts these and takes the third for AP, so less than 10 acts like 10.
         self._max_dets = [1, 10, 100 if max_dets_per_image is None else max_dets_per_image]
         self._metadata = MetadataCatalog.get(dataset_name)
@@ -185,7 +187,7 @@ class COCOEvaluator(DatasetEvaluator):
             return dict.fromkeys(_METRICS, math.nan)
         with contextlib.redirect_stdout(io.StringIO()):
             found = self._coco_api.loadRes(detections)
-            evaluation = COCOeval(self._coco_api, found, "bbox")
+            evaluation = self._kind(self._coco_api, found, "bbox")
             evaluation.params.maxDets = self._max_dets
             if img_ids is not None:
                 evaluation.params.imgIds = img_ids
@@ -205,12 +207,12 @@ class COCOEvaluator(DatasetEvaluator):
         results.update(self._per_category(precision[..., 0]))
         return results
 
-    def _log_summary(self, evaluation: COCOeval) -> None:
+    def _log_summary(self, evaluation: COCOeval | COCOeval_faster) -> None:
         if self._max_dets[-1] != 100:
-            return  # pycocotools prints this table correctly for 100 detections only
+            return  # this table is correct for 100 detections only
         with contextlib.redirect_stdout(io.StringIO()) as table:
             evaluation.summarize()
-        self._logger.info("Summary of pycocotools: \n%s", table.getvalue().rstrip())
+        self._logger.info("Summary of %s:\n%s", self._kind.__name__, table.getvalue().rstrip())
 
     def _per_category(self, precision: np.ndarray) -> dict[str, float]:
         """Log and return the AP of every class, from precisions of shape (IoUs, recalls, K)."""
