@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import Tensor, nn
 
-from ops import convolution_3x3
+from ops import convolution_1x1, convolution_3x3
 
 
 class FoldedConv2d(Conv2d):
@@ -25,6 +25,8 @@ class FoldedConv2d(Conv2d):
         shape = self.kernel_size, self.padding, self.dilation, self.groups
         if shape == ((3, 3), (1, 1), (1, 1), 1) and self.stride in ((1, 1), (2, 2)):
             return convolution_3x3(x, weight, bias, self.stride[0])
+        if (*shape, self.stride) == ((1, 1), (0, 0), (1, 1), 1, (1, 1)):
+            return convolution_1x1(x, weight, bias)
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
 

@@ -8,10 +8,12 @@ from .dropout import dropout_add, relu_dropout
 from .feed_forward import relu_feed_forward
 from .gaussian_attention import gaussian_attention
 from .linear_layer import Linear, linear
+from .pixel_convolution import convolution_1x1
 
 __all__ = [
     "Linear",
     "MultiScaleDeformableAttention",
+    "convolution_1x1",
     "convolution_3x3",
     "dropout_add",
     "gaussian_attention",

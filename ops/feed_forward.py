@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .dropout import relu_dropout, relu_gradient_
-from .linear_layer import as_image, is_faster_as_convolution, linear
+from .linear_layer import as_image, as_tokens, is_faster_as_convolution, linear
+from .pixel_convolution import gradients
 
 
 def relu_feed_forward(
@@ -98,21 +99,10 @@ def _gradients(
     grad_output: Tensor, tokens: Tensor, weight: Tensor, needed: tuple[bool, ...]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Of a linear layer's tokens (..., K), weight (N, K) and bias (N,), as far as needed."""
-    of_tokens, of_weight, of_bias = torch.ops.aten.convolution_backward(
-        as_image(grad_output),
-        as_image(tokens),
-        weight[:, :, None, None],
-        [len(weight)],
-        stride=[1, 1],
-        padding=[0, 0],
-        dilation=[1, 1],
-        transposed=False,
-        output_padding=[0, 0],
-        groups=1,
-        output_mask=needed,
+    of_image, of_weight, of_bias = gradients(
+        as_image(grad_output), as_image(tokens), weight[:, :, None, None], needed
     )
-    if of_tokens is not None:
-        of_tokens = of_tokens.permute(0, 2, 3, 1).reshape(tokens.shape)
+    of_tokens = None if of_image is None else as_tokens(of_image, tokens)
     return of_tokens, None if of_weight is None else of_weight[:, :, 0, 0], of_bias
 
 

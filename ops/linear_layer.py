@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._library import is_eager_in_float32_on_cpu
+from .pixel_convolution import FEWEST_PRODUCTS, convolution_1x1
 
-FEWEST_PRODUCTS, FEWEST_CHANNELS = 2**28, 64
-"""Multiply-adds and channels below which PyTorch's own way is as fast."""
+FEWEST_CHANNELS = 64
+"""Below which PyTorch's own way is as fast."""
 
 
 def linear(tokens: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -28,13 +29,18 @@ def linear(tokens: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     """
     if not is_faster_as_convolution(tokens, weight):
         return F.linear(tokens, weight, bias)
-    output = F.conv2d(as_image(tokens), weight[:, :, None, None], bias)
-    return output.permute(0, 2, 3, 1).reshape(*tokens.shape[:-1], len(weight))
+    output = convolution_1x1(as_image(tokens), weight[:, :, None, None], bias)
+    return as_tokens(output, tokens)
 
 
 def as_image(tokens: Tensor) -> Tensor:
     """Tokens (..., K) as one image (1, K, 1, T) with its channels last."""
     return tokens.reshape(1, 1, -1, tokens.shape[-1]).permute(0, 3, 1, 2)
+
+
+def as_tokens(image: Tensor, like: Tensor) -> Tensor:
+    """One image (1, N, 1, T) as tokens (..., N), in the order of others."""
+    return image.permute(0, 2, 3, 1).reshape(*like.shape[:-1], image.shape[1])
 
 
 def is_faster_as_convolution(tokens: Tensor, weight: Tensor) -> bool:

@@ -16,6 +16,7 @@ import tiny_study
 
 from engine.errors import UserError
 from projects.study.cells import Cell
+from tools import study_process, study_runs
 from tools.study import parse
 from tools.study_process import WorkLock
 
@@ -120,7 +121,21 @@ def check_calls_that_train_nothing(study, folder):
     ]
 
 
-def test_all_start_from_a_backbone_that_other_images_have_trained(study, tmp_path):
+@pytest.fixture
+def threads(monkeypatch):
+    """How many threads each training of a study on two cores is given."""
+    found = []
+
+    def recorded(config, console, variables, lock):
+        found.append(variables["OMP_NUM_THREADS"])
+        return study_process.start(config, console, variables, lock)
+
+    monkeypatch.setattr(study_process, "_cores", lambda: 2)
+    monkeypatch.setattr(study_runs, "start", recorded)
+    return found
+
+
+def test_all_start_from_a_backbone_that_other_images_have_trained(study, tmp_path, threads):
     preset = tiny_study.PRESETS["cpu"]
     shapes = {**preset.shapes, "seed": 1}
     body = Cell("body", "Conditional DETR", "", tiny_study.body)
@@ -130,6 +145,7 @@ def test_all_start_from_a_backbone_that_other_images_have_trained(study, tmp_pat
     done = study(tmp_path, "--only", "teacher", "--seeds", "5", presets={"cpu": preset})
     assert done.code == 0, done.output + done.errors
     assert [event[:12] for event in done.events][1:5] == ["body, seed 0"] * 2 + ["teacher, see"] * 2
+    assert threads == ["2", "1"]
     assert [(r["cell"], r["seed"]) for r in rows(tmp_path)] == [("body", "0"), ("teacher", "5")]
     log = (tmp_path / WORK / "teacher/seed5/log.txt").read_text()
     path = tmp_path / WORK / "body/seed0/backbone.pth"

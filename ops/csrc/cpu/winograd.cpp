@@ -16,8 +16,9 @@ namespace detr_methods {
 namespace {
 
 // Bytes of a thread's tiles and products, which stay in its core's cache between their transforms,
-// and of all tiles whose filters' gradients are summed at a time.
-constexpr int64_t bytes_of_thread = 1 << 19, bytes_of_pass = 1 << 24;
+// of all tiles that a pass of all threads takes, and of transformed filters that are too many to be
+// read again for each thread's tiles.
+constexpr int64_t bytes_of_thread = 1 << 19, bytes_of_pass = 1 << 24, bytes_of_filters = 1 << 22;
 
 constexpr int64_t rows_of_filters = 4, channels_of_product = 64;  // that a thread takes at least
 
@@ -220,7 +221,7 @@ at::Tensor convolution_3x3(const at::Tensor& input, const at::Tensor& weight,
         added.defined() ? added.const_data_ptr<scalar_t>() : nullptr,
         output.mutable_data_ptr<scalar_t>(), grid_of(images), input.size(1), outputs,
         transformed.options()};
-    if (static_cast<int64_t>(transformed.nbytes()) <= bytes_of_pass) {
+    if (static_cast<int64_t>(transformed.nbytes()) <= bytes_of_filters) {
       convolve_by_tiles(given);
     } else {
       convolve_by_frequencies(given);

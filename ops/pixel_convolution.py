@@ -1,0 +1,95 @@
+"""Convolutions of one pixel, which are products of matrices, on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._library import is_eager_in_float32_on_cpu
+
+FEWEST_PRODUCTS = 2**28
+"""Multiply-adds below which it does not matter by what they are done."""
+
+
+def convolution_1x1(images: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.conv2d(images, weight, bias)``, with processors that have AVX2 alone faster backward.
+
+    There oneDNN is slow at the gradient of the weights, which a product by MKL then is. This is so
+    for large images in float32 on the CPU with their channels last in memory; anywhere else this is
+    PyTorch's convolution. Results are the same up to rounding.
+
+    Args:
+        images: (B, C, H, W).
+        weight: (N, C, 1, 1).
+        bias: (N,).
+
+    Returns:
+        (B, N, H, W).
+    """
+    if (
+        torch.is_grad_enabled()
+        and weight.requires_grad
+        and is_eager_in_float32_on_cpu(images, weight)
+        and weight_gradient_is_product()
+        and images.shape[0] * images.shape[2:].numel() * weight.numel() >= FEWEST_PRODUCTS
+        and images.is_contiguous(memory_format=torch.channels_last)
+        and not torch._C._are_functorch_transforms_active()
+    ):
+        return _Convolution.apply(images, weight, bias)
+    return F.conv2d(images, weight, bias)
+
+
+def weight_gradient_is_product() -> bool:
+    """Whether PyTorch's convolutions take longer for the gradient of their weights than MKL."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(images, weight)
+        return F.conv2d(images, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        images, weight = ctx.saved_tensors
+        return gradients(grad_output, images, weight, ctx.needs_input_grad)
+
+
+def gradients(
+    grad_output: Tensor, images: Tensor, weight: Tensor, needed: tuple[bool, ...]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Of images (B, C, H, W), weight (N, C, 1, 1) and bias (N,), as far as needed.
+
+    Args:
+        grad_output: (B, N, H, W).
+        images: what was convolved.
+        weight: with what.
+        needed: for images, weight and bias.
+    """
+    for_images, for_weight, for_bias = needed
+    by_product = for_weight and weight_gradient_is_product()
+    by_convolution = for_images, for_weight and not by_product, for_bias and not by_product
+    of_images, of_weight, of_bias = torch.ops.aten.convolution_backward(
+        grad_output,
+        images,
+        weight,
+        [len(weight)],
+        stride=[1, 1],
+        padding=[0, 0],
+        dilation=[1, 1],
+        transposed=False,
+        output_padding=[0, 0],
+        groups=1,
+        output_mask=by_convolution,
+    )
+    if by_product:
+        grad_rows, rows = (
+            x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]) for x in (grad_output, images)
+        )
+        of_weight = (grad_rows.mT @ rows)[:, :, None, None]
+        of_bias = grad_rows.sum(0) if for_bias else None
+    return of_images, of_weight, of_bias

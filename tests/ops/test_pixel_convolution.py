@@ -1,0 +1,161 @@
+"""Convolutions of one pixel whose weights get their gradient from a product, beside PyTorch's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ops import Linear, convolution_1x1, linear, pixel_convolution, relu_feed_forward
+from ops.pixel_convolution import FEWEST_PRODUCTS
+
+CHANNELS, FILTERS, SIZE = 128, 256, (2, 64, 64)
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+@pytest.fixture(autouse=True)
+def two_threads(threads):
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def processor(monkeypatch):
+    """One with AVX2 alone, whatever this one is."""
+    monkeypatch.setattr(pixel_convolution, "weight_gradient_is_product", lambda: True)
+
+
+def inputs(layout=torch.channels_last, size=SIZE):
+    torch.manual_seed(0)
+    batch, height, width = size
+    images = torch.randn(batch, CHANNELS, height, width).contiguous(memory_format=layout)
+    weight, bias = torch.randn(FILTERS, CHANNELS, 1, 1), torch.randn(FILTERS)
+    return [x.requires_grad_() for x in (images, weight, bias)]
+
+
+def is_ours(output):
+    return output.grad_fn.name() == "_ConvolutionBackward"
+
+
+def assert_close(found, expected):
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.shape == theirs.shape
+        assert (mine - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+def test_the_size_is_just_enough():
+    batch, height, width = SIZE
+    assert batch * height * width * CHANNELS * FILTERS == FEWEST_PRODUCTS
+    assert is_ours(convolution_1x1(*inputs()))
+    assert not is_ours(convolution_1x1(*inputs(size=(2, 64, 63))))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_are_those_in_float64(layout):
+    leaves = inputs()
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    output, expected = convolution_1x1(*leaves), F.conv2d(*exact)
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    assert_close([output], [expected])
+    cotangent = torch.randn(output.shape).contiguous(memory_format=layout)
+    wanted = torch.autograd.grad(expected, exact, cotangent.double())
+    for needed in ([0, 1, 2], [0, 1], [1, 2], [0], [1], [2]):
+        found = torch.autograd.grad(output, [leaves[i] for i in needed], cotangent, True)
+        assert_close(found, [wanted[i] for i in needed])
+
+
+def test_the_output_may_be_overwritten():
+    leaves = inputs()
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    output = convolution_1x1(*leaves)
+    output += 1
+    torch.relu_(output)
+    wanted = torch.autograd.grad((F.conv2d(*exact) + 1).relu().square().sum(), exact)
+    assert_close(torch.autograd.grad(output.square().sum(), leaves), wanted)
+
+
+def test_second_derivatives():
+    leaves = inputs()
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    results = []
+    for function, given in ((convolution_1x1, leaves), (F.conv2d, exact)):
+        first = torch.autograd.grad(function(*given).square().sum(), given, create_graph=True)
+        second = torch.autograd.grad(sum(x.square().sum() for x in first), given)
+        results.append([*first, *second])
+    assert_close(*results)
+
+
+def test_batches_of_gradients_and_transforms():
+    leaves = inputs()
+    output = convolution_1x1(*leaves)
+    cotangents = torch.randn(2, *output.shape)
+    batched = torch.autograd.grad(output, leaves, cotangents, True, is_grads_batched=True)
+    for index, cotangent in enumerate(cotangents):
+        wanted = torch.autograd.grad(output, leaves, cotangent, True)
+        assert_close([part[index] for part in batched], wanted)
+
+    def loss(weight):
+        return convolution_1x1(leaves[0].detach(), weight).square().sum()
+
+    (wanted,) = torch.autograd.grad(loss(leaves[1]), leaves[1])
+    assert_close([torch.func.grad(loss)(leaves[1])], [wanted])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x, w, b: (x, w.detach(), b),
+        lambda x, w, b: (x.double(), w.double(), b.double()),
+        lambda x, w, b: (x.bfloat16(), w.bfloat16(), b.bfloat16()),
+        lambda x, w, b: (x.contiguous(), w, b),
+    ],
+)
+def test_anything_else_is_pytorchs(change):
+    given = change(*inputs())
+    output = convolution_1x1(*given)
+    assert output.grad_fn.name() == "ConvolutionBackward0"
+    assert torch.equal(output, F.conv2d(*given))
+
+
+def test_other_processors_and_no_gradients_are_pytorchs(monkeypatch):
+    with torch.no_grad():
+        assert convolution_1x1(*inputs()).grad_fn is None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert convolution_1x1(*inputs()).dtype == torch.bfloat16
+    monkeypatch.setattr(pixel_convolution, "weight_gradient_is_product", lambda: False)
+    assert not is_ours(convolution_1x1(*inputs()))
+
+
+def test_layers_of_tokens_have_such_gradients():
+    images, weight, bias = inputs()
+    tokens = images.detach().permute(0, 2, 3, 1).flatten(1, 2).requires_grad_()
+    rows = weight.detach()[:, :, 0, 0].requires_grad_()
+    output = linear(tokens, rows, bias)
+    assert "_ConvolutionBackward" in ancestors(output)
+    exact = [x.detach().double().requires_grad_() for x in (tokens, rows, bias)]
+    cotangent = torch.randn_like(output)
+    wanted = torch.autograd.grad(F.linear(*exact), exact, cotangent.double())
+    assert_close(torch.autograd.grad(output, (tokens, rows, bias), cotangent), wanted)
+
+
+def test_feed_forward_networks_have_such_gradients(monkeypatch):
+    layers = Linear(CHANNELS, FILTERS), Linear(FILTERS, CHANNELS)
+    tokens = torch.randn(SIZE[0] * SIZE[1] * SIZE[2], CHANNELS)
+    given = [tuple(layer.parameters()) for layer in layers]
+    leaves, results = [*given[0], *given[1]], []
+    for by_product in (True, False):
+        monkeypatch.setattr(pixel_convolution, "weight_gradient_is_product", lambda: by_product)  # noqa: B023
+        output = relu_feed_forward(tokens, *given, p=0)
+        results.append(torch.autograd.grad(output.square().sum(), leaves))
+    assert_close(*results)
+    assert not all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
+def ancestors(tensor):
+    """Names of all nodes of autograd behind a tensor."""
+    names, open_nodes = set(), [tensor.grad_fn]
+    while open_nodes:
+        node = open_nodes.pop()
+        if node is not None:
+            names.add(node.name())
+            open_nodes += [parent for parent, _ in node.next_functions]
+    return names
