@@ -74,7 +74,7 @@ def test_the_report_names_backends_and_build() -> None:
     result = python("-m", "ops")
     assert result.returncode == 0, result.stderr
     rows = dict(line.split(maxsplit=1) for line in result.stdout.splitlines() if line)
-    composed = {"linear", "relu_feed_forward"}  # of others
+    composed = {"convolution_1x1", "linear", "relu_feed_forward"}  # of others
     names = {name for name in ops.__all__ if name.islower()} - composed
     for name in names:
         assert rows[name].split()[0] == _library.backend("cpu")
