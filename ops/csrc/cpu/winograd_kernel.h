@@ -104,7 +104,7 @@ struct alignas(64) Taps {
   T values[rows][9][winograd_panel];
 };
 
-// `move(filter's tap, panel's place)` all taps of a panel of `width` outputs and of `height` inputs.
+// `move(filter's tap, its place in taps)` for a panel of `width` outputs and of `height` inputs.
 template <typename P, typename T, typename Move>
 DETR_METHODS_INLINE void each_tap(const WinogradFilters<P>& filters, int64_t row, int64_t height,
                                   int64_t panel, int64_t width, Taps<T>& taps, Move move) {
@@ -272,7 +272,7 @@ void winograd_filter_products(WinogradTiles<const T> inputs, WinogradTiles<const
 }
 
 #define DETR_METHODS_INSTANTIATE(T)                                                             \
-  template void winograd_filters<T>(const WinogradFilters<const T>&, T*, int64_t, int64_t);      \
+  template void winograd_filters<T>(const WinogradFilters<const T>&, T*, int64_t, int64_t);     \
   template void winograd_filter_gradients<T>(const T*, const WinogradFilters<T>&, int64_t,      \
                                              int64_t);                                          \
   template void winograd_inputs<T>(const T*, const WinogradGrid&, WinogradTiles<T>, int64_t,    \

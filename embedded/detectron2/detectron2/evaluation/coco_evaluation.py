@@ -86,7 +86,7 @@ class COCOEvaluator(DatasetEvaluator):
         self._logger = logging.getLogger(__name__)
         self._distributed = distributed
         self._output_dir = output_dir
-        self._kind = COCOeval_faster if use_fast_impl else COCOeval
+        self._evaluation_class = COCOeval_faster if use_fast_impl else COCOeval
         # pycocotools sorts these and takes the third for AP, so less than 10 acts like 10.
         self._max_dets = [1, 10, 100 if max_dets_per_image is None else max_dets_per_image]
         self._metadata = MetadataCatalog.get(dataset_name)
@@ -187,7 +187,7 @@ class COCOEvaluator(DatasetEvaluator):
             return dict.fromkeys(_METRICS, math.nan)
         with contextlib.redirect_stdout(io.StringIO()):
             found = self._coco_api.loadRes(detections)
-            evaluation = self._kind(self._coco_api, found, "bbox")
+            evaluation = self._evaluation_class(self._coco_api, found, "bbox")
             evaluation.params.maxDets = self._max_dets
             if img_ids is not None:
                 evaluation.params.imgIds = img_ids
@@ -212,7 +212,8 @@ class COCOEvaluator(DatasetEvaluator):
             return  # this table is correct for 100 detections only
         with contextlib.redirect_stdout(io.StringIO()) as table:
             evaluation.summarize()
-        self._logger.info("Summary of %s:\n%s", self._kind.__name__, table.getvalue().rstrip())
+        name = type(evaluation).__name__
+        self._logger.info("Summary of %s:\n%s", name, table.getvalue().rstrip())
 
     def _per_category(self, precision: np.ndarray) -> dict[str, float]:
         """Log and return the AP of every class, from precisions of shape (IoUs, recalls, K)."""
