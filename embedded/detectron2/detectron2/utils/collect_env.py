@@ -12,7 +12,16 @@ import detectron2
 
 __all__ = ["collect_env_info"]
 
-_PACKAGES = ("numpy", "fvcore", "iopath", "omegaconf", "hydra-core", "pycocotools", "pillow")
+_PACKAGES = (
+    "numpy",
+    "fvcore",
+    "iopath",
+    "omegaconf",
+    "hydra-core",
+    "pycocotools",
+    "faster-coco-eval",
+    "pillow",
+)
 
 
 def collect_env_info() -> str:
