@@ -85,6 +85,30 @@ def map_one_by_one(operator: torch._ops.OpOverload) -> None:
     torch.library.register_vmap(operator, rule)
 
 
+def convolution_gradients(
+    grad_output: Tensor,
+    images: Tensor,
+    weight: Tensor,
+    needed: tuple[bool, bool, bool],
+    stride: int = 1,
+    padding: int = 0,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """PyTorch's own for the images, the weight and the bias of ``F.conv2d``, as far as needed."""
+    return torch.ops.aten.convolution_backward(
+        grad_output,
+        images,
+        weight,
+        [len(weight)],
+        stride=[stride, stride],
+        padding=[padding, padding],
+        dilation=[1, 1],
+        transposed=False,
+        output_padding=[0, 0],
+        groups=1,
+        output_mask=needed,
+    )
+
+
 def _fold(tensor: Tensor, dim: int | None, size: int) -> Tensor:
     if dim is None:
         return tensor.expand(size, *tensor.shape).flatten(0, 1)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
-from ._autograd import differentiable, map_one_by_one
+from ._autograd import convolution_gradients, differentiable, map_one_by_one
 from ._library import COMPILED_PATH, NAMESPACE, is_eager_in_float32_on_cpu, library
 
 FEWEST_CHANNELS, FEWEST_TILES = 64, 32
@@ -74,19 +74,8 @@ class _StridedConvolution(torch.autograd.Function):
         for_images, for_weight, for_bias = ctx.needs_input_grad
         of_images = of_weight = None
         if for_images:  # torch.nn.grad.conv2d_input takes half as long again with channels last
-            of_images, _, _ = torch.ops.aten.convolution_backward(
-                grad_output,
-                images,
-                weight,
-                None,
-                stride=[2, 2],
-                padding=[1, 1],
-                dilation=[1, 1],
-                transposed=False,
-                output_padding=[0, 0],
-                groups=1,
-                output_mask=[True, False, False],
-            )
+            needed = True, False, False
+            of_images, _, _ = convolution_gradients(grad_output, images, weight, needed, 2, 1)
         if for_weight:  # with their channels last, oneDNN needs up to 2.7 times as long
             pair = images.contiguous(), grad_output.contiguous()
             of_weight = conv2d_weight(pair[0], weight.shape, pair[1], stride=2, padding=1)

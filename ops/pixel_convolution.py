@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._autograd import convolution_gradients
 from ._library import is_eager_in_float32_on_cpu
 
 FEWEST_PRODUCTS = 2**28
@@ -73,18 +74,8 @@ def gradients(
     for_images, for_weight, for_bias = needed
     by_product = for_weight and weight_gradient_is_product()
     by_convolution = for_images, for_weight and not by_product, for_bias and not by_product
-    of_images, of_weight, of_bias = torch.ops.aten.convolution_backward(
-        grad_output,
-        images,
-        weight,
-        [len(weight)],
-        stride=[1, 1],
-        padding=[0, 0],
-        dilation=[1, 1],
-        transposed=False,
-        output_padding=[0, 0],
-        groups=1,
-        output_mask=by_convolution,
+    of_images, of_weight, of_bias = convolution_gradients(
+        grad_output, images, weight, by_convolution
     )
     if by_product:
         grad_rows, rows = (

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from detectors.backbone import FoldedConv2d, fold_frozen_norms, laid_out
+from ops import pixel_convolution
 
 
 def resnet(norm, **stages):
@@ -90,6 +91,17 @@ def test_other_norms_stay_as_they_are():
     biased = Conv2d(4, 4, 1, norm=norm)
     for layer in (activated, biased):
         assert type(fold_frozen_norms(layer)) is Conv2d
+
+
+def test_windows_of_one_pixel_are_the_operator(monkeypatch):
+    monkeypatch.setattr(pixel_convolution, "weight_gradient_is_product", lambda: True)
+    images = laid_out(torch.randn(1, 256, 64, 64))
+    for stride, name in ((1, "_ConvolutionBackward"), (2, "ConvolutionBackward0")):
+        layer = Conv2d(256, 256, 1, bias=False, norm=FrozenBatchNorm2d(256), stride=stride)
+        expected = layer(images)
+        output = fold_frozen_norms(layer)(images)
+        assert output.grad_fn.name() == name
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
 
 
 @settings(max_examples=20, deadline=None)

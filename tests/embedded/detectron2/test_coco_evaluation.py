@@ -228,6 +228,13 @@ def test_logged_tables(records, caplog):
     assert re.search(r"round\s*\|\s*57\.203", caplog.text)
 
 
+@embedded_only
+def test_each_implementation_is_what_was_asked_for(records, caplog):
+    with caplog.at_level("INFO"):
+        evaluate(records, DETECTIONS)
+    assert re.findall(r"Summary of (\w+):", caplog.text) == ["COCOeval", "COCOeval_faster"]
+
+
 def test_csv_format(records, caplog):
     with caplog.at_level("INFO"):
         print_csv_format(evaluate(records, DETECTIONS))
