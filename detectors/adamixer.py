@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -18,6 +17,7 @@ from .boxes import generalized_iou
 from .criterion import SetCriterion, average_count
 from .decoder import CheckpointLayers, Decoder
 from .detector import Detector
+from .heads import make_classes_rare, make_zero
 from .structures import (
     STUDENT,
     AttentionMaps,
@@ -318,16 +318,14 @@ def _class_head(embed_dim: int, num_classes: int) -> nn.Sequential:
     """A head for which every class starts rare, as the focal loss wants it."""
     output = nn.Linear(embed_dim, num_classes)
     nn.init.xavier_uniform_(output.weight)
-    prior = 0.01
-    nn.init.constant_(output.bias, -math.log((1 - prior) / prior))
+    make_classes_rare(output)
     return _head(embed_dim, output)
 
 
 def _box_head(embed_dim: int) -> nn.Sequential:
     """A head that moves nothing at first."""
     output = nn.Linear(embed_dim, 4)
-    nn.init.zeros_(output.weight)
-    nn.init.zeros_(output.bias)
+    make_zero(output)
     return _head(embed_dim, output)
 
 

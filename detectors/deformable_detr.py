@@ -17,7 +17,7 @@ from .decoder import CheckpointLayers, Decoder
 from .deformable_attention import DeformableCrossAttention
 from .detector import Detector
 from .feed_forward import feed_forward
-from .heads import decode_boxes
+from .heads import decode_boxes, make_classes_rare, make_zero
 from .structures import (
     STUDENT,
     AttentionMaps,
@@ -341,10 +341,8 @@ def _new_heads(embed_dim: int, num_classes: int) -> tuple[nn.Linear, MLP]:
     """A class head for which every class is rare and a box head that moves nothing."""
     class_embed = nn.Linear(embed_dim, num_classes)
     bbox_embed = MLP(embed_dim, embed_dim, 4, 3)
-    prior = 0.01
-    nn.init.constant_(class_embed.bias, -math.log((1 - prior) / prior))
-    for parameter in bbox_embed.layers[-1].parameters():
-        nn.init.zeros_(parameter)
+    make_classes_rare(class_embed)
+    make_zero(bbox_embed.layers[-1])
     return class_embed, bbox_embed
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar
 
 import torch
@@ -13,6 +12,7 @@ from .attention import QueryCrossAttention, QuerySelfAttention
 from .decoder import CheckpointLayers, Decoder
 from .detector import Detector
 from .feed_forward import feed_forward
+from .heads import make_classes_rare, make_zero
 from .structures import AttentionMaps, DecoderOutput, LearnedQueries, Memory, Queries
 
 
@@ -138,11 +138,9 @@ class SingleScaleDetector(Detector):
         self.class_embed = nn.Linear(embed_dim, self.num_classes + background)
         self.bbox_embed = MLP(embed_dim, embed_dim, 4, 3)
         if not background:
-            prior = 0.01  # every class starts rare, as the focal loss wants it
-            nn.init.constant_(self.class_embed.bias, -math.log((1 - prior) / prior))
+            make_classes_rare(self.class_embed)
         if self.zero_offsets:
-            for parameter in self.bbox_embed.layers[-1].parameters():
-                nn.init.zeros_(parameter)
+            make_zero(self.bbox_embed.layers[-1])
 
     def project(self, features: dict[str, Tensor]) -> list[Tensor]:
         """The last backbone map, projected."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +10,20 @@ from detrex.utils import inverse_sigmoid
 from torch import Tensor, nn
 
 from .structures import Denoising, Group, Predictions, repeat_rows
+
+_RARE = 0.01
+"""Probability of every class before any training (focal loss: Lin et al., 2017, Sec. 4.1)."""
+
+
+def make_classes_rare(output: nn.Linear) -> None:
+    """Give every class the same small probability, whatever the weights, by the bias of a head."""
+    nn.init.constant_(output.bias, -math.log((1 - _RARE) / _RARE))
+
+
+def make_zero(output: nn.Module) -> None:
+    """Let a box head start with offsets of zero."""
+    for parameter in output.parameters():
+        nn.init.zeros_(parameter)
 
 
 def apply_heads(heads: nn.Module, states: Tensor, groups: Sequence[Group]) -> Tensor:

@@ -12,6 +12,12 @@ import projects  # noqa: F401
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_configure() -> None:
+    """Have one thread, unless told otherwise: forked tests would wait for their parent's others."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+
+
 @pytest.fixture
 def threads() -> Iterator[None]:
     """Whatever number of threads a test chooses is undone."""

@@ -68,7 +68,7 @@ class BasicBlock(CNNBlockBase):
         """Map (B, C_in, H, W) to (B, C_out, H / stride, W / stride)."""
         residual = x if self.shortcut is None else self.shortcut(x)
         out = self.conv2(F.relu_(self.conv1(x)))
-        return F.relu_(out + residual)
+        return F.relu_(out.add_(residual))
 
 
 class BottleneckBlock(CNNBlockBase):
@@ -109,7 +109,7 @@ class BottleneckBlock(CNNBlockBase):
         residual = x if self.shortcut is None else self.shortcut(x)
         out = F.relu_(self.conv1(x))
         out = F.relu_(self.conv2(out))
-        return F.relu_(self.conv3(out) + residual)
+        return F.relu_(self.conv3(out).add_(residual))
 
 
 class BasicStem(CNNBlockBase):
