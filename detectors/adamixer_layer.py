@@ -7,7 +7,6 @@ levels, which lie at the logarithm of their strides.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import torch
@@ -19,7 +18,6 @@ import ops
 
 from .attention import PackedProjection, attend, check_heads, merge_heads, split_heads
 from .feed_forward import feed_forward
-from .grid import computed_once
 from .structures import AttentionMaps
 
 # --- positions ----------------------------------------------------------------------------------
@@ -69,35 +67,35 @@ def covered_share(position: Tensor) -> Tensor:
 # --- what a layer is made of --------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
 class Pyramid:
     """The memory's levels as a volume that can be sampled anywhere.
 
-    Attributes:
+    Args:
         tokens: (B, S, C).
         spatial_shapes: (h, w) of every level.
         strides: of every level, in pixels.
         dtype: of points and weights.
+
+    Attributes:
+        extents: pixels that the levels' cells cover, (V, 2) as (x, y), whatever the image's size.
+        depths: where the levels lie on the z axis, (V,).
     """
 
-    tokens: Tensor
-    spatial_shapes: tuple[tuple[int, int], ...]
-    strides: tuple[int, ...]
-    dtype: torch.dtype
-
-    @computed_once
-    def extents(self) -> Tensor:
-        """Pixels that the levels' cells cover, (V, 2) as (x, y), whatever the image's size."""
+    def __init__(
+        self,
+        tokens: Tensor,
+        spatial_shapes: tuple[tuple[int, int], ...],
+        strides: tuple[int, ...],
+        dtype: torch.dtype,
+    ):
         extents = [
             (width * stride, height * stride)
-            for (height, width), stride in zip(self.spatial_shapes, self.strides, strict=True)
+            for (height, width), stride in zip(spatial_shapes, strides, strict=True)
         ]
-        return torch.tensor(extents, dtype=self.dtype, device=self.tokens.device)
-
-    @computed_once
-    def depths(self) -> Tensor:
-        """Where the levels lie on the z axis, (V,)."""
-        return torch.tensor(self.strides, dtype=self.dtype, device=self.tokens.device).log2()
+        self.tokens = tokens
+        self.spatial_shapes = spatial_shapes
+        self.extents = torch.tensor(extents, dtype=dtype, device=tokens.device)
+        self.depths = torch.tensor(strides, dtype=dtype, device=tokens.device).log2()
 
     def level_weights(self, points: Tensor) -> Tensor:
         """How much points (..., 3) take of every level, (..., V): a softmax of the distance."""

@@ -58,10 +58,10 @@ def test_low_precision(name, boxes, dtype, tolerance, grad_tolerance) -> None:
     assert (grad - exact_grad).norm() < grad_tolerance * exact_grad.norm()
 
 
-@each_detector
-def test_encode_and_decode_compile_in_one_graph(name) -> None:
+def check_compiles_in_one_graph(name, checkpoint_layers=False):
     torch.compiler.reset()  # else it counts the other detectors as variants of one
     model = build(name)
+    model.transformer.decoder.checkpoint_layers = checkpoint_layers
     features = model.extract(model.preprocess(batch()))
     queries = model.queries(model.encode(features), model.prepare_targets(batch()))
 
@@ -72,6 +72,16 @@ def test_encode_and_decode_compile_in_one_graph(name) -> None:
     plain = run(features, queries)
     torch.testing.assert_close(compiled.boxes, plain.boxes)
     torch.testing.assert_close(compiled.logits, plain.logits)
+
+
+@each_detector
+def test_encode_and_decode_compile_in_one_graph(name) -> None:
+    check_compiles_in_one_graph(name)
+
+
+@pytest.mark.parametrize("name", ["conditional", "adamixer"])
+def test_layers_that_are_computed_again_compile_too(name) -> None:
+    check_compiles_in_one_graph(name, checkpoint_layers=True)
 
 
 SIZE = (64, 96)
