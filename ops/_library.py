@@ -78,6 +78,11 @@ def cpu_capability() -> str:
     return torch.ops.detr_methods.cpu_capability("")
 
 
+def is_intel() -> bool:
+    """Whether the processor is Intel's; unknown, and no, without the compiled operators."""
+    return COMPILED_PATH is not None and torch.ops.detr_methods.is_intel()
+
+
 def set_cpu_capability(name: str) -> None:
     """Use narrower vector instructions than the processor has.
 

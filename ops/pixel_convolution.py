@@ -9,18 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._autograd import convolution_gradients
-from ._library import is_eager_in_float32_on_cpu
+from ._library import is_eager_in_float32_on_cpu, is_intel
 
 FEWEST_PRODUCTS = 2**28
 """Multiply-adds below which it does not matter by what they are done."""
 
 
 def convolution_1x1(images: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.conv2d(images, weight, bias)``, with processors that have AVX2 alone faster backward.
+    """``F.conv2d(images, weight, bias)``, faster backward on Intel's and on AVX2 processors.
 
-    There oneDNN is slow at the gradient of the weights, which a product by MKL then is. This is so
-    for large images in float32 on the CPU with their channels last in memory; anywhere else this is
-    PyTorch's convolution. Results are the same up to rounding.
+    There oneDNN is slower than MKL at the gradient of the weights, which a product by MKL then is.
+    This is so for large images in float32 on the CPU with their channels last in memory; anywhere
+    else this is PyTorch's convolution. Results are the same up to rounding.
 
     Args:
         images: (B, C, H, W).
@@ -45,7 +45,7 @@ def convolution_1x1(images: Tensor, weight: Tensor, bias: Tensor | None = None) 
 
 def weight_gradient_is_product() -> bool:
     """Whether PyTorch's convolutions take longer for the gradient of their weights than MKL."""
-    return torch.backends.cpu.get_cpu_capability() == "AVX2"
+    return is_intel() or torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 class _Convolution(torch.autograd.Function):

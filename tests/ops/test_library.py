@@ -14,6 +14,7 @@ import ops
 from ops import _library
 
 ROOT = Path(__file__).resolve().parents[2]
+CPU_INFO = Path("/proc/cpuinfo")
 needs_kernels = pytest.mark.skipif(
     _library.COMPILED_PATH is None, reason="the operator is not built"
 )
@@ -97,6 +98,14 @@ def test_capability_is_checked(capability: str) -> None:
     _library.set_cpu_capability("baseline")
     assert _library.cpu_capability() == "baseline"
     _library.set_cpu_capability(capability)
+
+
+@pytest.mark.skipif(not CPU_INFO.exists(), reason="Linux says who made the processor")
+def test_the_maker_of_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    if _library.COMPILED_PATH is not None:
+        assert _library.is_intel() == ("GenuineIntel" in CPU_INFO.read_text())
+    monkeypatch.setattr(_library, "COMPILED_PATH", None)
+    assert not _library.is_intel()
 
 
 def test_backends_by_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,9 +18,12 @@ def two_threads(threads):
     torch.set_num_threads(2)
 
 
+weight_gradient_is_product = pixel_convolution.weight_gradient_is_product
+
+
 @pytest.fixture(autouse=True)
 def processor(monkeypatch):
-    """One with AVX2 alone, whatever this one is."""
+    """One where MKL is the faster one, whatever this one is."""
     monkeypatch.setattr(pixel_convolution, "weight_gradient_is_product", lambda: True)
 
 
@@ -114,6 +117,22 @@ def test_anything_else_is_pytorchs(change):
     output = convolution_1x1(*given)
     assert output.grad_fn.name() == "ConvolutionBackward0"
     assert torch.equal(output, F.conv2d(*given))
+
+
+@pytest.mark.parametrize(
+    ("intel", "vectors", "expected"),
+    [
+        (True, "AVX512", True),
+        (True, "AVX2", True),
+        (False, "AVX2", True),
+        (False, "AVX512", False),
+        (False, "DEFAULT", False),
+    ],
+)
+def test_which_processors_are_faster(monkeypatch, intel, vectors, expected):
+    monkeypatch.setattr(pixel_convolution, "is_intel", lambda: intel)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
+    assert weight_gradient_is_product() == expected
 
 
 def test_other_processors_and_no_gradients_are_pytorchs(monkeypatch):

@@ -51,6 +51,16 @@ std::string cpu_capability(std::string name) {
   TORCH_CHECK_VALUE(false, "cpu capability is '", name, "', expected avx512, avx2 or baseline");
 }
 
+// Whether MKL, which computes differently elsewhere, is on a processor of its own maker.
+bool is_intel() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 // Compiler, its flags and the torch that the kernels were compiled against.
 std::vector<std::string> build_information() {
 #if defined(__clang__)
@@ -67,6 +77,7 @@ Capability capability() { return current().load(std::memory_order_relaxed); }
 
 TORCH_LIBRARY_FRAGMENT(detr_methods, library) {
   library.def("cpu_capability(str name) -> str", cpu_capability);
+  library.def("is_intel() -> bool", is_intel);
   library.def("build_information() -> str[]", build_information);
 }
 
