@@ -25,6 +25,7 @@ from tools.benchmark_detector_peers import (
     family_of,
     without_chance,
 )
+from tools.benchmark_detector_steps import autocast
 from tools.benchmark_peers import Unavailable
 
 OURS, BASELINE = "ours", "baseline"
@@ -125,13 +126,18 @@ _REQUIRED: tuple[tuple[str, str, Bound], ...] = (
 
 @dataclass(frozen=True)
 class Case:
-    """One row of cases: a subject, an input, a work and what is measured of it."""
+    """One row of cases: a subject, an input, a work and what is measured of it.
+
+    With ``amp`` the forward pass is autocast to bfloat16, as ``train.amp.enabled`` has it, and
+    nothing is required.
+    """
 
     subject: Subject
     size: tuple[int, int]
     images: int
     work: str
     measure: str
+    amp: bool = False
 
     @property
     def name(self) -> str:
@@ -141,7 +147,7 @@ class Case:
 
     def required(self, contender: str) -> Bound | None:
         """What its ratio to ours has to be; the first entry that fits counts."""
-        for pattern, name, bound in _REQUIRED:
+        for pattern, name, bound in () if self.amp else _REQUIRED:
             if name == contender and fnmatchcase(self.name, pattern):
                 return bound if bound.value < float("inf") else None
         return None
@@ -227,17 +233,21 @@ def prepare(
     return Contest(ours, chosen, unavailable, reference)
 
 
-def run_of(model: nn.Module, items: list[dict], work: str) -> Callable[[], object]:
+def run_of(
+    model: nn.Module, items: list[dict], work: str, amp: bool = False
+) -> Callable[[], object]:
     """A call that does the work: a training step short of the optimiser's, or inference."""
 
     def train() -> None:
         model.zero_grad(set_to_none=True)
         model.train()
-        torch.stack(list(model(items).values())).sum().backward()
+        with autocast(amp):
+            loss = torch.stack(list(model(items).values())).sum()
+        loss.backward()
 
     def infer() -> None:
         model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), autocast(amp):
             model(items)
 
     return train if work == TRAIN else infer

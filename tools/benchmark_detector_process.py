@@ -142,6 +142,7 @@ def _start(
         "size": case.size,
         "images": case.images,
         "work": case.work,
+        "amp": case.amp,
         "detrex_root": None if detrex_root is None else str(detrex_root),
         "threads": torch.get_num_threads(),
         **(options or {}),
@@ -184,19 +185,19 @@ def main() -> None:
         if contender in contest.unavailable:
             raise Unavailable(contest.unavailable[contender])
         model = contest.models[contender]
-        images, work = request["images"], request["work"]
-        run = run_of(model, contest.items(request["size"], images), work)
+        images, work, amp = request["images"], request["work"], request["amp"]
+        run = run_of(model, contest.items(request["size"], images), work, amp)
         if request["measure"] == TIME:
             _serve(run)
         elif request["measure"] == STEPS:
             items = contest.items(request["size"], images)
-            step_times(contest.ours, items)  # warms up
-            rounds = [step_times(contest.ours, items) for _ in range(request["repeats"])]
+            step_times(contest.ours, items, amp)  # warms up
+            rounds = [step_times(contest.ours, items, amp) for _ in range(request["repeats"])]
             times = [[astuple(time) for time in times] for times in rounds]
             print(json.dumps([times, busiest_operators(run)]))
         else:
             # starts threads and loads libraries
-            run_of(model, contest.items(WARM_UP, images), work)()
+            run_of(model, contest.items(WARM_UP, images), work, amp)()
             model.zero_grad(set_to_none=True)
             print(peak_of_process(run))
     except Unavailable as error:

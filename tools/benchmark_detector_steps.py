@@ -28,7 +28,12 @@ class StepTime:
     backward: float
 
 
-def step_times(model: Detector, items: list[dict]) -> list[StepTime]:
+def autocast(amp: bool) -> torch.autocast:
+    """Mixed precision for a forward pass, or none."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=amp)
+
+
+def step_times(model: Detector, items: list[dict], amp: bool = False) -> list[StepTime]:
     """Time the steps one by one, each with its own backward pass.
 
     Tensors that go from one step to the next are cut out of the graph, and their gradients handed
@@ -46,11 +51,12 @@ def step_times(model: Detector, items: list[dict]) -> list[StepTime]:
         seams.append([])
         return _cut(result, seams[-1])
 
-    features = timed(lambda: model.extract(images))
-    memory = timed(lambda: model.encode(features, targets))
-    output = timed(lambda: model.decode(memory, model.queries(memory, targets)))
-    predictions = timed(lambda: model.predict(output))
-    losses = timed(lambda: torch.stack(list(model.losses(predictions, targets).values())).sum())
+    with autocast(amp):
+        features = timed(lambda: model.extract(images))
+        memory = timed(lambda: model.encode(features, targets))
+        output = timed(lambda: model.decode(memory, model.queries(memory, targets)))
+        predictions = timed(lambda: model.predict(output))
+        losses = timed(lambda: torch.stack(list(model.losses(predictions, targets).values())).sum())
     losses.grad = torch.ones_like(losses)
     backward = [_time(partial(_pull, seam))[1] for seam in reversed(seams)]
     return [StepTime(*entry) for entry in zip(STEPS, forward, reversed(backward), strict=True)]

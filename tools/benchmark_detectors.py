@@ -154,6 +154,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="let peers keep freed memory too, which their own training does not",
     )
+    parser.add_argument("--amp", action="store_true", help="autocast forward passes to bfloat16")
     parser.add_argument("--quick", action="store_true", help="tiny images, to see that it works")
     args = parser.parse_args(arguments)
     for name in ("threads", "repeats"):
@@ -165,7 +166,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         raise UserError(
             f"--detrex-root {args.detrex_root} has no projects/*/modeling as detrex has"
         )
-    if args.output is None and not (args.quick or args.only or args.over):
+    if args.output is None and not (args.quick or args.only or args.over or args.amp):
         args.output = COMPLETE_RUN_FOLDER
     if args.output is not None and args.output.exists() and not args.output.is_dir():
         raise UserError(f"--output {args.output} is a file, expected a folder")
@@ -186,6 +187,7 @@ def describe(args: argparse.Namespace) -> dict[str, str]:
         "rounds": f"{args.repeats} a case",
         **({"only": f"`{args.only}`"} if args.only else {}),
         **({"quick": "tiny images, which prove nothing"} if args.quick else {}),
+        **({"precision": "forward passes autocast to bfloat16"} if args.amp else {}),
         "freed memory": "kept by " + ("all" if args.all_keep_memory else "ours"),
         "required": "ratios are set for two cores",
         "date": time.strftime("%Y-%m-%d"),
@@ -202,7 +204,8 @@ def run(args: argparse.Namespace) -> None:
     if args.over is not None:
         method, baseline = (str(Path(file).resolve()) for file in (args.config_file, args.over))
         subjects = (over(method, baseline),)
-    cases = {case.name: case for case in all_cases(subjects, QUICK_SIZES if args.quick else SIZES)}
+    sizes = QUICK_SIZES if args.quick else SIZES
+    cases = {case.name: replace(case, amp=args.amp) for case in all_cases(subjects, sizes)}
     names = select(list(cases), args.only)
     if args.list:
         print("\n".join(names))

@@ -71,6 +71,14 @@ def test_required_ratios(case, required):
     assert bounds(case) == required
 
 
+def test_nothing_is_required_in_mixed_precision():
+    (case,) = [
+        c for c in cases.all_cases(SUBJECTS, SIZES) if c.name == "detr/480x640/B2/train/time"
+    ]
+    assert case.required(DETREX)
+    assert replace(case, amp=True).required(DETREX) is None
+
+
 def test_subjects_are_files_that_exist():
     for subject in SUBJECTS:
         for file in (subject.config_file, subject.baseline):
@@ -187,6 +195,23 @@ def test_steps_taken_apart_are_an_ordinary_training_step(tiny):
         torch.testing.assert_close(found[name], value, msg=name)
 
 
+@pytest.mark.parametrize("amp", [False, True])
+def test_mixed_precision_is_of_forward_passes(tiny, amp):
+    seen = []
+
+    def note(stage):
+        return lambda *_: seen.append((stage, torch.is_autocast_enabled("cpu")))
+
+    layer = tiny.transformer.encoder.layers[0]
+    layer.register_forward_hook(note("forward"))
+    layer.register_full_backward_hook(note("backward"))
+    items = tiny_batch()
+    for work in ("train", "infer"):
+        cases.run_of(tiny, items, work, amp)()
+    step_times(tiny, items, amp)
+    assert set(seen) == {("forward", amp), ("backward", False)}
+
+
 def test_busiest_operators_come_first():
     matrix = torch.randn(400, 400)
     operators = busiest_operators(lambda: [matrix @ matrix for _ in range(20)], count=3)
@@ -248,8 +273,10 @@ def test_files_hold_every_row_and_table(tmp_path):
 
 def test_a_method_over_its_baseline_from_the_command_line(tmp_path, capsys):
     arguments = ["--config-file", str(METHOD), "--over", str(PLAIN), "--quick", "--repeats", "1"]
-    assert benchmark_detectors.main([*arguments, "--output", str(tmp_path)]) == 0
-    assert "ks_conditional_detr_quickstart/64x96/B2/train/memory" in capsys.readouterr().out
+    assert benchmark_detectors.main([*arguments, "--amp", "--output", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "ks_conditional_detr_quickstart/64x96/B2/train/memory" in printed
+    assert "precision      forward passes autocast to bfloat16" in printed
     rows = json.loads((tmp_path / "detectors_cpu.json").read_text())["rows"]
     assert {row["measure"] for row in rows} >= {"milliseconds", "forward", "backward", "share"}
     for row in rows:
