@@ -34,10 +34,10 @@ def convolution_1x1(images: Tensor, weight: Tensor, bias: Tensor | None = None) 
         torch.is_grad_enabled()
         and weight.requires_grad
         and is_eager_in_float32_on_cpu(images, weight)
+        and not torch._C._are_functorch_transforms_active()  # where layouts cannot be asked for
         and weight_gradient_is_product()
         and images.shape[0] * images.shape[2:].numel() * weight.numel() >= FEWEST_PRODUCTS
         and images.is_contiguous(memory_format=torch.channels_last)
-        and not torch._C._are_functorch_transforms_active()
     ):
         return _Convolution.apply(images, weight, bias)
     return F.conv2d(images, weight, bias)

@@ -147,7 +147,9 @@ class Case:
 
     def required(self, contender: str) -> Bound | None:
         """What its ratio to ours has to be; the first entry that fits counts."""
-        for pattern, name, bound in () if self.amp else _REQUIRED:
+        if self.amp:
+            return None
+        for pattern, name, bound in _REQUIRED:
             if name == contender and fnmatchcase(self.name, pattern):
                 return bound if bound.value < float("inf") else None
         return None

@@ -18,7 +18,7 @@ def two_threads(threads):
     torch.set_num_threads(2)
 
 
-weight_gradient_is_product = pixel_convolution.weight_gradient_is_product
+weight_gradient_is_product = pixel_convolution.weight_gradient_is_product  # not of the fixture
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +101,9 @@ def test_batches_of_gradients_and_transforms():
 
     (wanted,) = torch.autograd.grad(loss(leaves[1]), leaves[1])
     assert_close([torch.func.grad(loss)(leaves[1])], [wanted])
+    stacked = torch.stack([leaves[0].detach()] * 2)
+    mapped = torch.vmap(lambda images: convolution_1x1(images, *leaves[1:]))(stacked)
+    assert_close(mapped, [output, output])
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from tiny_detectors import SETTINGS, StridedBackbone, build_conditional
 
 from engine.errors import UserError
 from tools import benchmark_detector_cases as cases
+from tools import benchmark_detector_process as process
 from tools import benchmark_detector_report as report
 from tools import benchmark_detectors
 from tools.benchmark_detector_cases import BASELINE, OURS, SUBJECTS, Bound, Case, Contest, Subject
@@ -165,6 +166,30 @@ def test_chance_comes_back(tiny):
     with without_chance(tiny):
         assert module.dropout == 0
     assert module.dropout == 0.25
+
+
+class Started(Exception):
+    """What a process was to be started with."""
+
+
+@pytest.mark.parametrize("measure", ["time", "steps"])
+@pytest.mark.parametrize("amp", [False, True])
+def test_a_process_works_in_the_case_s_precision(tiny, monkeypatch, measure, amp):
+    def start(command, **_):
+        raise Started(command[-1])
+
+    monkeypatch.setattr(process.subprocess, "Popen", start)
+    case = replace(case_of("train"), measure=measure, amp=amp)
+    with pytest.raises(Started) as started, process._start(case, OURS, None, {}, {"repeats": 1}):
+        pass
+    seen = []
+    layer = tiny.transformer.encoder.layers[0]
+    layer.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    monkeypatch.setattr(process, "prepare", lambda *_: Contest(tiny, {OURS: tiny}, {}, tiny))
+    monkeypatch.setattr("sys.argv", ["", str(started.value)])
+    monkeypatch.setattr("sys.stdin", ["\n"])
+    process.main()
+    assert set(seen) == {amp}
 
 
 def test_a_process_that_ends_says_why():
