@@ -278,13 +278,27 @@ def _load_cell(key_padding_mask, place, s, heads, keys, width, FLOAT: tl.constex
 
 
 @triton.jit
-def _logits(product, cell, center, precision, SCALE: tl.constexpr):
-    """Return a tile of logits. Forward and backward share this, so that their rounding agrees."""
+def _nearest_cell(center, keys, width, FLOAT: tl.constexpr):
+    """Return x and y of the map's cell nearest to each center."""
+    last_y = (keys - 1) // tl.maximum(width, 1)
+    x = tl.floor(tl.minimum(tl.maximum(center[0], 0), (width - 1).to(FLOAT)) + 0.5)
+    y = tl.floor(tl.minimum(tl.maximum(center[1], 0), last_y.to(FLOAT)) + 0.5)
+    return x, y
+
+
+@triton.jit
+def _logits(product, cell, center, near, precision, SCALE: tl.constexpr):
+    """Return a tile of logits. Forward and backward share this, so that their rounding agrees.
+
+    Distances count from the cell nearest to the center: what that cell's own distance adds to all
+    logits drops out of the softmax, but would cost them digits.
+    """
     x, y, attended = cell
-    dx = x - center[0]
-    dy = y - center[1]
-    bias = precision[0] * (dx * dx) + precision[1] * (dy * dy)
-    return tl.where(attended, product * SCALE - bias, float("-inf"))
+    dx = x - near[0]
+    dy = y - near[1]
+    bias_x = precision[0] * (dx * (dx - 2 * (center[0] - near[0])))
+    bias_y = precision[1] * (dy * (dy - 2 * (center[1] - near[1])))
+    return tl.where(attended, product * SCALE - (bias_x + bias_y), float("-inf"))
 
 
 @triton.jit
@@ -328,6 +342,7 @@ def _forward_kernel(
     q = _load_rows(query, place, start, queries, D, BLOCK_N, PADDED_D)
     center = _load_pair(centers, place, n, queries, FLOAT)
     spread = _load_pair(precision, place, n, queries, FLOAT)
+    near = _nearest_cell(center, keys, width, FLOAT)
     if seed is not None:
         hashes = _row_hashes(seed, place * queries + n)
 
@@ -339,7 +354,7 @@ def _forward_kernel(
         cell = _load_cell(key_padding_mask, place, s, heads, keys, width, FLOAT)
         k = _load_rows(key, place, first, keys, D, BLOCK_S, PADDED_D)
         v = _load_rows(value, place, first, keys, DV, BLOCK_S, PADDED_DV)
-        logits = _logits(_dot(q, tl.trans(k), DOTS, FLOAT), cell, center, spread, SCALE)
+        logits = _logits(_dot(q, tl.trans(k), DOTS, FLOAT), cell, center, near, spread, SCALE)
         so_far = tl.maximum(largest, tl.max(logits, 1, keep_dims=True))
         # As long as all keys are masked it is -inf, and -inf - -inf would be NaN.
         subtrahend = tl.where(so_far == float("-inf"), 0, so_far)
@@ -416,9 +431,7 @@ def _query_kernel(
         hashes = _row_hashes(seed, place * queries + n)
     # The gradients of a row's logits sum to zero, but for rounding. So the moments of the distances
     # can be taken from the cell nearest to the center. Long distances would amplify that rounding.
-    last_y = (keys - 1) // tl.maximum(width, 1)
-    near_x = tl.floor(tl.minimum(tl.maximum(center[0], 0), (width - 1).to(FLOAT)) + 0.5)
-    near_y = tl.floor(tl.minimum(tl.maximum(center[1], 0), last_y.to(FLOAT)) + 0.5)
+    near = _nearest_cell(center, keys, width, FLOAT)
 
     grad_q = tl.full([BLOCK_N, PADDED_D], 0, FLOAT)
     mean_x = tl.full([BLOCK_N, 1], 0, FLOAT)
@@ -430,17 +443,17 @@ def _query_kernel(
         cell = _load_cell(key_padding_mask, place, s, heads, keys, width, FLOAT)
         k = _load_rows(key, place, first, keys, D, BLOCK_S, PADDED_D)
         v = _load_rows(value, place, first, keys, DV, BLOCK_S, PADDED_DV)
-        logits = _logits(_dot(q, tl.trans(k), DOTS, FLOAT), cell, center, spread, SCALE)
+        logits = _logits(_dot(q, tl.trans(k), DOTS, FLOAT), cell, center, near, spread, SCALE)
         grad_weights = _dot(g, tl.trans(v), DOTS, FLOAT)
         if seed is not None:
             grad_weights *= _dropout_factor(hashes, s, THRESHOLD, KEPT_FACTOR, FLOAT)
         grad_logits = tl.exp(logits - row_logsumexp) * (grad_weights - row_delta)
         grad_q += _dot(grad_logits.to(k.dtype), k, DOTS, FLOAT)
-        dx = cell[0] - near_x
+        dx = cell[0] - near[0]
         moment_x = grad_logits * dx
         mean_x += tl.sum(moment_x, 1, keep_dims=True)
         square_x += tl.sum(moment_x * dx, 1, keep_dims=True)
-        dy = cell[1] - near_y
+        dy = cell[1] - near[1]
         moment_y = grad_logits * dy
         mean_y += tl.sum(moment_y, 1, keep_dims=True)
         square_y += tl.sum(moment_y * dy, 1, keep_dims=True)
@@ -449,8 +462,8 @@ def _query_kernel(
     tl.store(pointers, grad_q * SCALE, mask=exists)
     _store_pair(grad_centers, place, n, queries, 2 * spread[0] * mean_x, 2 * spread[1] * mean_y)
     # (x - c)^2 = (x - near)^2 + 2 (x - near) (near - c) + a constant of the row
-    grad_x = 2 * (center[0] - near_x) * mean_x - square_x
-    grad_y = 2 * (center[1] - near_y) * mean_y - square_y
+    grad_x = 2 * (center[0] - near[0]) * mean_x - square_x
+    grad_y = 2 * (center[1] - near[1]) * mean_y - square_y
     _store_pair(grad_precision, place, n, queries, grad_x, grad_y)
 
 
@@ -499,8 +512,9 @@ def _key_kernel(
         g = _load_rows(grad_out, place, first, queries, DV, BLOCK_N, PADDED_DV)
         center = _load_pair(centers, place, n, queries, FLOAT)
         spread = _load_pair(precision, place, n, queries, FLOAT)
+        near = _nearest_cell(center, keys, width, FLOAT)
         row_logsumexp, row_delta = _load_statistics(logsumexp, delta, place, n, queries)
-        logits = _logits(_dot(k, tl.trans(q), DOTS, FLOAT), cell, center, spread, SCALE)
+        logits = _logits(_dot(k, tl.trans(q), DOTS, FLOAT), cell, center, near, spread, SCALE)
         weights = tl.exp(logits - row_logsumexp)
         grad_weights = _dot(v, tl.trans(g), DOTS, FLOAT)
         kept = weights

@@ -110,7 +110,8 @@ def compile_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[i
             get_current_stream=lambda device: 0,
             get_current_target=lambda: target("cuda", capability, 32),
         )
-        monkeypatch.setattr(driver, "_active", device)
+        name = "_active" if hasattr(driver, "_active") else "active"  # the latter up to Triton 3.4
+        monkeypatch.setattr(driver, name, device)
         monkeypatch.setattr(jit_function, "run", compile_kernel)
         return launched
 

@@ -236,6 +236,16 @@ def test_centers_far_outside(kernels, dtype: torch.dtype, tolerance: float) -> N
     check(kernels, inputs, tolerance)
 
 
+@pytest.mark.parametrize("precision", [100.0, 1e4])
+def test_a_far_center_on_one_axis_does_not_blur_the_other(kernels, precision: float) -> None:
+    """What all cells near the center share, 1e8 and more, must not round their differences."""
+    inputs = make_inputs()
+    query, key, value, centers, spread = inputs.leaves
+    far, steep = centers.clone(), spread.clone()
+    far[..., 0], steep[..., 0] = -100, precision
+    check(kernels, inputs._replace(leaves=(query, key, value, far, steep)))
+
+
 def test_bfloat16_rounding_does_not_grow_with_the_distance_of_a_center(kernels) -> None:
     """The output's rounding leaves a sum in the logits' gradients; distances would amplify it."""
     inputs = make_inputs(dtype=torch.bfloat16, pair_dtype=torch.float32)
