@@ -5,7 +5,9 @@ torch or a working compiler the package installs all the same and runs its pure-
 """
 
 import os
+import runpy
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -23,6 +25,12 @@ def warn(reason: str) -> None:
         f"warning: compiled operators were not built ({reason}); the pure-PyTorch path is used",
         file=sys.stderr,
     )
+
+
+def _literal(text: str) -> str:
+    """A string of C++."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
 
 
 def build_arguments() -> dict:
@@ -44,17 +52,22 @@ def build_arguments() -> dict:
                 super().run()
             except Exception as error:
                 self.extensions: list[Extension] = []  # what is not built is not installed either
-                for stale in ROOT.glob("ops/_C*.so"):  # from other sources or another torch
+                suffix = sysconfig.get_config_var("EXT_SUFFIX")
+                for stale in ROOT.glob(f"ops/_C*{suffix}"):  # from other sources or another torch
                     stale.unlink()
                 lines = str(error).strip().splitlines()
                 warn(lines[0] if lines else type(error).__name__)
 
     flags = " ".join([*COMPILE_FLAGS, os.environ.get("CFLAGS", "")]).strip()
+    digest = runpy.run_path(str(ROOT / "ops/_sources.py"))["sources_digest"](ROOT / "ops/csrc")
     extension = CppExtension(
         "ops._C",
         sources,
         depends=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("ops/csrc/**/*.h")),
-        define_macros=[("DETR_METHODS_FLAGS", f'"{flags}"')],
+        define_macros=[
+            ("DETR_METHODS_FLAGS", _literal(flags)),
+            ("DETR_METHODS_SOURCES", _literal(digest)),
+        ],
         extra_compile_args=COMPILE_FLAGS,
         extra_link_args=["-fopenmp"],
     )

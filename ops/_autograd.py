@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def differentiable(
@@ -33,22 +34,49 @@ def differentiable(
     function: Any = type("Differentiable", (torch.autograd.Function,), names)
 
     def call(*inputs: Any) -> Any:
-        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-            return function.apply(*inputs)
+        if not torch.compiler.is_compiling() and (
+            torch._C._are_functorch_transforms_active() or is_forward_mode()
+        ):
+            return function.apply(*inputs)  # in forward mode it raises; an operator drops tangents
         return operator(*inputs)
 
     return call
 
 
-def fold_mapped_axis(operator: torch._ops.OpOverload, shared: Sequence[int] = ()) -> None:
+def differentiable_once(operator: torch._ops.OpOverload) -> Callable[..., Any]:
+    """:func:`differentiable` for an operator that is a gradient: its own gradient raises."""
+
+    def save_nothing(ctx: Any, inputs: tuple, output: Any) -> None:
+        return
+
+    def refuse(ctx: Any, *gradients: Any) -> Any:
+        name = operator.name().removesuffix("_backward").rpartition("::")[2]
+        raise RuntimeError(f"{name} has no second derivatives")
+
+    return differentiable(operator, save_nothing, refuse)
+
+
+def is_forward_mode() -> bool:
+    """Whether forward-mode differentiation is on, for which our operators have no rules."""
+    return forward_ad._current_level >= 0
+
+
+def fold_mapped_axis(
+    operator: torch._ops.OpOverload,
+    shared: Sequence[int] = (),
+    unless: Callable[[Sequence[Any]], bool] = lambda inputs: False,
+) -> None:
     """Register the rule by which ``torch.vmap`` folds its axis into the images of a batch.
 
     Args:
         operator: all of its tensors begin with the images B, its results too.
         shared: positions of tensors without images, which stay as they are.
+        unless: of which inputs one entry is to be computed after the other instead.
     """
 
     def rule(info: Any, in_dims: Sequence[int | None], *inputs: Any) -> tuple[Any, Any]:
+        if unless(inputs):
+            return _one_by_one(operator, info.batch_size, in_dims, inputs)
         folded = [
             _fold(tensor, dim, info.batch_size)
             if isinstance(tensor, Tensor) and position not in shared
@@ -67,22 +95,35 @@ def map_one_by_one(operator: torch._ops.OpOverload) -> None:
     """Register the rule by which ``torch.vmap`` calls an operator for one entry after the other.
 
     Args:
-        operator: with one tensor as its result; every entry's is what it would be on its own.
+        operator: every entry's results are what they would be on its own.
     """
 
-    def rule(info: Any, in_dims: Sequence[int | None], *inputs: Any) -> tuple[Tensor, int]:
-        results = [
-            operator(
-                *(
-                    x if dim is None else x.select(dim, entry)
-                    for x, dim in zip(inputs, in_dims, strict=True)
-                )
-            )
-            for entry in range(info.batch_size)
-        ]
-        return torch.stack(results), 0
+    def rule(info: Any, in_dims: Sequence[int | None], *inputs: Any) -> tuple[Any, Any]:
+        return _one_by_one(operator, info.batch_size, in_dims, inputs)
 
     torch.library.register_vmap(operator, rule)
+
+
+def _one_by_one(
+    operator: torch._ops.OpOverload,
+    size: int,
+    in_dims: Sequence[int | None],
+    inputs: Sequence[Any],
+) -> tuple[Any, Any]:
+    """Results stacked over the mapped axis, and that this axis is the first of each."""
+    results = [
+        operator(
+            *(
+                x if dim is None else x.select(dim, entry)
+                for x, dim in zip(inputs, in_dims, strict=True)
+            )
+        )
+        for entry in range(size)
+    ]
+    if isinstance(results[0], Tensor):
+        return torch.stack(results), 0
+    stacked = tuple(map(torch.stack, zip(*results, strict=True)))
+    return stacked, (0,) * len(stacked)
 
 
 def convolution_gradients(

@@ -7,13 +7,25 @@ import importlib.util
 import os
 import platform
 import warnings
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
 
+from ._autograd import is_forward_mode
+from ._sources import why_unfit
+
 NAMESPACE = "detr_methods"
 library = torch.library.Library(NAMESPACE, "DEF")
 """Holds the schemas of all operators, which stand beside their Python functions."""
+WAITS_FOR_HOST = tuple(
+    getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name)
+)
+"""Tags of operators that no CUDA graph can hold, where this torch has such a tag."""
+
+
+_OWN_SUFFIX = EXTENSION_SUFFIXES[0]
+_BUILD = "`python setup.py build_ext --inplace`"
 
 
 class OperatorWarning(UserWarning):
@@ -26,15 +38,30 @@ def _load_compiled() -> tuple[str | None, str]:
     The variable ``DETR_METHODS_OPS`` names another build, such as one with sanitizers.
     """
     pattern = os.environ.get("DETR_METHODS_OPS", str(Path(__file__).with_name("_C*.so")))
-    found = sorted(glob.glob(pattern))
+    # this Python's own comes first: others' may lie beside it
+    found = sorted(glob.glob(pattern), key=lambda path: (not path.endswith(_OWN_SUFFIX), path))
     if not found:
-        return None, f"no {Path(pattern).name}: run `python setup.py build_ext --inplace`"
+        return None, f"no {Path(pattern).name}: run {_BUILD}"
+    reasons = []
+    for path in found:
+        reason = _load(path)
+        if not reason:
+            return path, ""
+        reasons.append(reason)
+    return None, reasons[0]
+
+
+def _load(path: str) -> str:
+    """Load one library: why it cannot be, or an empty reason."""
+    unfit = why_unfit(Path(path), Path(__file__).with_name("csrc"), torch.__version__)
+    if unfit:
+        return f"{path} {unfit}: run {_BUILD}"
     try:
-        torch.ops.load_library(found[0])
+        torch.ops.load_library(path)
     except (OSError, RuntimeError) as error:
         cause = str(error.__cause__ or error).strip().splitlines()[0]
-        return None, f"{found[0]} does not load: {cause}"
-    return found[0], ""
+        return f"{path} does not load: {cause}"
+    return ""
 
 
 COMPILED_PATH, MISSING_REASON = _load_compiled()
@@ -65,8 +92,9 @@ def is_eager_in_float32_on_cpu(*tensors: torch.Tensor) -> bool:
     """Whether it may depend on the sizes of tensors which way of computing is taken.
 
     In traced and compiled graphs other sizes may come, and compilers choose themselves.
+    Differentiation in forward mode knows PyTorch's operators alone.
     """
-    if torch.jit.is_tracing() or torch.compiler.is_compiling():
+    if torch.jit.is_tracing() or torch.compiler.is_compiling() or is_forward_mode():
         return False
     return not torch.is_autocast_enabled("cpu") and all(
         tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._library import COMPILED_PATH, NAMESPACE, library
+from ._library import COMPILED_PATH, NAMESPACE, WAITS_FOR_HOST, library
 
 LARGEST_COST = 1e300
 """Beyond this magnitude sums of costs could overflow; the compiled operator has the same limit."""
@@ -113,7 +113,7 @@ def _matches(costs: Tensor, sizes: Sequence[int]) -> list[int]:
 
 # --- registration -------------------------------------------------------------------------------
 
-library.define("linear_sum_assignment(Tensor costs, SymInt[] sizes) -> Tensor")
+library.define("linear_sum_assignment(Tensor costs, SymInt[] sizes) -> Tensor", tags=WAITS_FOR_HOST)
 _operators = getattr(torch.ops, NAMESPACE)
 
 

@@ -51,6 +51,8 @@ def convolution_3x3(
 
 def is_large(images: Tensor, weight: Tensor) -> bool:
     """Whether :func:`convolution_3x3` may do anything else than PyTorch with such tensors."""
+    if images.dim() != 4:
+        return False
     batch, channels, height, width = images.shape
     return (
         is_eager_in_float32_on_cpu(images, weight)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import chain
+from numbers import Integral
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
-from ._autograd import differentiable, fold_mapped_axis
+from ._autograd import differentiable, differentiable_once, fold_mapped_axis
 from ._checks import FLOATS, autocast, match_device, match_shape, match_type
-from ._library import HAS_TRITON, NAMESPACE, has_kernels, library
+from ._library import HAS_TRITON, NAMESPACE, WAITS_FOR_HOST, has_kernels, library
 
 Sizes = Sequence[Sequence[int]] | Tensor
 """Per level (h, w), from high to low resolution; a tensor (V, 2) is copied to the host."""
@@ -36,7 +38,8 @@ def multi_scale_deformable_attention(
         attention_weights: (B, N, H, V, P).
 
     Returns:
-        (B, N, H * D) in the type of ``value``.
+        (B, N, H * D) in the type of ``value``. With kernels of our own it can be differentiated
+        once, and not in forward mode.
 
     Raises:
         ValueError: if shapes, level sizes or devices do not belong together.
@@ -113,7 +116,7 @@ def _check(
     if isinstance(spatial_shapes, Tensor):
         match_shape("spatial_shapes", spatial_shapes, "V 2", sizes)
         match_type("spatial_shapes", spatial_shapes, (torch.int64, torch.int32))
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or is_fake(spatial_shapes):
             return None
     return _check_pairs(_pairs(spatial_shapes), sizes["V"], sizes["S"])
 
@@ -152,11 +155,13 @@ def _pairs(spatial_shapes: Sizes) -> tuple[tuple[int, int], ...]:
 
 
 def _size(size: object) -> int:
+    if isinstance(size, int | torch.SymInt):
+        return size  # type: ignore[return-value]
     if isinstance(size, Tensor) and size.dim() == 0 and not size.is_floating_point():
         return int(size)  # torch.jit.trace makes tensors of sizes
-    if not isinstance(size, int | torch.SymInt):
-        raise TypeError(f"spatial_shapes holds {size!r}, expected integers")
-    return size  # type: ignore[return-value]
+    if isinstance(size, Integral):  # NumPy's
+        return int(size)
+    raise TypeError(f"spatial_shapes holds {size!r}, expected integers")
 
 
 def _flat(pairs: Sequence[Sequence[int]]) -> list[int]:
@@ -178,10 +183,12 @@ _FORWARD = f"{NAMESPACE}::multi_scale_deformable_attention"
 _BACKWARD = f"{NAMESPACE}::multi_scale_deformable_attention_backward"
 for _suffix, _type in _OVERLOADS.values():
     _arguments = _INPUTS.format(_type)
-    library.define(f"multi_scale_deformable_attention{_suffix}({_arguments}) -> Tensor")
+    _tags = WAITS_FOR_HOST if _suffix else ()
+    library.define(f"multi_scale_deformable_attention{_suffix}({_arguments}) -> Tensor", tags=_tags)
     library.define(
         f"multi_scale_deformable_attention_backward{_suffix}(Tensor grad_output, {_arguments})"
-        " -> (Tensor, Tensor, Tensor)"
+        " -> (Tensor, Tensor, Tensor)",
+        tags=_tags,
     )
 _operators = getattr(torch.ops, NAMESPACE)
 
@@ -281,17 +288,20 @@ def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     value, *others, spatial_shapes = ctx.saved_tensors
-    backward = _operators.multi_scale_deformable_attention_backward
     if ctx.sizes is None:
-        grad_value, *grads = backward.device_shapes(grad_output, value, spatial_shapes, *others)
+        backward, sizes = _gradients["device_shapes"], spatial_shapes
     else:
-        grad_value, *grads = backward.default(grad_output, value, ctx.sizes, *others)
+        backward, sizes = _gradients["default"], ctx.sizes
+    grad_value, *grads = backward(grad_output, value, sizes, *others)
     return grad_value, None, *grads
 
 
-def _register() -> dict[str, Callable[..., Tensor]]:
-    """Register everything; per overload what the public function calls."""
-    calls = {}
+_Calls = dict[str, Callable[..., Any]]
+
+
+def _register() -> tuple[_Calls, _Calls]:
+    """Register everything; per overload what is called for the result and for its gradients."""
+    calls, gradients = {}, {}
     for name, (suffix, _) in _OVERLOADS.items():
         forward = getattr(_operators.multi_scale_deformable_attention, name)
         backward = getattr(_operators.multi_scale_deformable_attention_backward, name)
@@ -300,6 +310,7 @@ def _register() -> dict[str, Callable[..., Tensor]]:
         fold_mapped_axis(forward, shared=(1,))
         fold_mapped_axis(backward, shared=(2,))
         calls[name] = differentiable(forward, _save, _differentiate)
+        gradients[name] = differentiable_once(backward)
     dispatch = "CompositeExplicitAutograd"
     library.impl("multi_scale_deformable_attention.device_shapes", _forward_device_shapes, dispatch)
     library.impl(
@@ -308,7 +319,7 @@ def _register() -> dict[str, Callable[..., Tensor]]:
     if HAS_TRITON:
         library.impl("multi_scale_deformable_attention", _triton_forward, "CUDA")
         library.impl("multi_scale_deformable_attention_backward", _triton_backward, "CUDA")
-    return calls
+    return calls, gradients
 
 
-_calls = _register()
+_calls, _gradients = _register()

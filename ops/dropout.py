@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._autograd import differentiable, map_one_by_one
+from ._autograd import differentiable, is_forward_mode, map_one_by_one
 from ._checks import FLOATS, match_device, match_type
 from ._library import COMPILED_PATH, NAMESPACE, library
 
@@ -190,8 +190,9 @@ def _check_residual(residual: Tensor, values: Tensor) -> None:
 def may_be_overwritten(values: Tensor) -> bool:
     """Whether autograd runs eagerly and the memory is neither a leaf's nor shared by elements."""
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    leaf = values.is_leaf and values.requires_grad
-    return not traced and not leaf and values.is_contiguous()
+    base = values if values._base is None else values._base
+    leaf = base.is_leaf and base.requires_grad
+    return not traced and not is_forward_mode() and not leaf and values.is_contiguous()
 
 
 class _OverwritingReLUDropout(torch.autograd.Function):

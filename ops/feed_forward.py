@@ -14,8 +14,8 @@ from .pixel_convolution import gradients
 
 def relu_feed_forward(
     tokens: Tensor,
-    hidden: tuple[Tensor, Tensor],
-    output: tuple[Tensor, Tensor],
+    hidden: tuple[Tensor, Tensor | None],
+    output: tuple[Tensor, Tensor | None],
     p: float = 0.1,
     training: bool = True,
 ) -> Tensor:
@@ -27,8 +27,8 @@ def relu_feed_forward(
 
     Args:
         tokens: (..., C).
-        hidden: weight (F, C) and bias (F,) of the first layer.
-        output: weight (N, F) and bias (N,) of the second.
+        hidden: weight (F, C) and bias (F,) or None of the first layer.
+        output: weight (N, F) and bias (N,) or None of the second.
         p: probability with which an element of the hidden layer is dropped, below 1.
         training: whether anything is dropped.
 
@@ -60,9 +60,9 @@ class _FeedForward(torch.autograd.Function):
         ctx: Any,
         tokens: Tensor,
         weight: Tensor,
-        bias: Tensor,
+        bias: Tensor | None,
         output_weight: Tensor,
-        output_bias: Tensor,
+        output_bias: Tensor | None,
         p: float,
     ) -> Tensor:
         hidden = relu_dropout(linear(tokens, weight, bias), p, inplace=True)
@@ -75,7 +75,9 @@ class _FeedForward(torch.autograd.Function):
         tokens, weight, bias, hidden, output_weight = ctx.saved_tensors
         if torch.is_grad_enabled() or _is_mapped(grad_output):
             saved = tokens, weight, bias, hidden, output_weight
-            return *_differentiable_gradients(grad_output, *saved, ctx.p), None
+            found = _differentiable_gradients(grad_output, *saved, ctx.p)
+            needed = ctx.needs_input_grad
+            return *(x if asked else None for x, asked in zip(found, needed, strict=False)), None
         for_tokens, for_weight, for_bias, *for_output = ctx.needs_input_grad[:5]
         before = for_tokens or for_weight or for_bias
         grad_hidden, *of_output = _gradients(
@@ -86,7 +88,7 @@ class _FeedForward(torch.autograd.Function):
         of_bias = relu_gradient_(grad_hidden, hidden, ctx.p)
         needed = for_tokens, for_weight, False
         grad_tokens, of_weight, _ = _gradients(grad_hidden, tokens, weight, needed)
-        return grad_tokens, of_weight, of_bias, *of_output, None
+        return grad_tokens, of_weight, of_bias if for_bias else None, *of_output, None
 
 
 def _is_mapped(grad: Tensor) -> bool:
@@ -110,7 +112,7 @@ def _differentiable_gradients(
     grad_output: Tensor,
     tokens: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     hidden: Tensor,
     output_weight: Tensor,
     p: float,

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._autograd import differentiable, fold_mapped_axis
+from ._autograd import differentiable, differentiable_once, fold_mapped_axis
 from ._checks import FLOATS, autocast, match_device, match_shape, match_type, no_autocast
 from ._library import HAS_TRITON, NAMESPACE, has_kernels, library
 
@@ -45,7 +45,8 @@ def gaussian_attention(
         dropout_p: probability with which an attention weight is dropped, whatever the mode.
 
     Returns:
-        (B, H, N, Dv) in the type of ``query``.
+        (B, H, N, Dv) in the type of ``query``. With kernels of our own it can be differentiated
+        once, and not in forward mode.
 
     Raises:
         ValueError: if shapes or devices do not belong together, or ``dropout_p`` is no probability.
@@ -273,7 +274,7 @@ def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 
 def _differentiate(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     query, key, value, output, logsumexp, centers, precision, mask, seed = ctx.saved_tensors
-    grads = _backward(
+    grads = _call_backward(
         grad_output,
         query,
         key,
@@ -291,9 +292,11 @@ def _differentiate(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor | N
     return *grads[:3], None, *grads[3:], None, None, None, None
 
 
-fold_mapped_axis(_forward, shared=(9,))
-fold_mapped_axis(_backward, shared=(12,))
+# what an entry drops depends on its seed and on its number in the batch
+fold_mapped_axis(_forward, shared=(9,), unless=lambda inputs: inputs[8] > 0)
+fold_mapped_axis(_backward, shared=(12,), unless=lambda inputs: inputs[11] > 0)
 _call = differentiable(_forward, _save, _differentiate)
+_call_backward = differentiable_once(_backward)
 if HAS_TRITON:
     library.impl("gaussian_attention", _triton_forward, "CUDA")
     library.impl("gaussian_attention_backward", _triton_backward, "CUDA")

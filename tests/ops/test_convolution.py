@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 
 import ops
 from ops.convolution import FEWEST_CHANNELS, FEWEST_TILES, MULTIPLE, is_large
@@ -307,3 +308,13 @@ def test_without_the_library_it_is_pytorchs(tmp_path):
     variables = {"DETR_METHODS_OPS": str(tmp_path / "none*.so"), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-W", "ignore", "-c", script]
     subprocess.run(command, check=True, env=variables, cwd=ROOT)
+
+
+def test_one_image_and_forward_mode_are_pytorchs():
+    image, weight = torch.randn(64, 40, 40), torch.randn(64, 64, 3, 3)
+    expected = F.conv2d(image, weight, padding=1)
+    assert torch.equal(ops.convolution_3x3(image, weight), expected)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(torch.zeros_like(image)[None], image[None])
+        found = forward_ad.unpack_dual(ops.convolution_3x3(dual, weight)).tangent
+    torch.testing.assert_close(found[0], expected)

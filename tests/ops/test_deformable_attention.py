@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recorded_cases import close
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 import ops
 from ops import _library
@@ -313,6 +316,55 @@ def test_transforms_see_through_it() -> None:
         leaves = [tensor.detach().requires_grad_() for tensor in (value, place, weights)]
         wanted = torch.autograd.grad(loss(*leaves), leaves)
         torch.testing.assert_close(tuple(part[row] for part in found), wanted)
+
+
+@needs_kernels
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_second_derivatives_are_refused(as_tensor: bool) -> None:
+    value, levels, locations, weights = example()
+    shapes = torch.tensor(levels) if as_tensor else levels
+    value.requires_grad_()
+
+    def loss(v: Tensor) -> Tensor:
+        return ops.multi_scale_deformable_attention(v, shapes, locations, weights).square().sum()
+
+    (grad,) = torch.autograd.grad(loss(value), value, create_graph=True)
+    assert grad.any()
+    refusal = "multi_scale_deformable_attention has no second derivatives"
+    with pytest.raises(RuntimeError, match=refusal):
+        grad.sum().backward()
+    if not as_tensor:  # which no transform looks into
+        with pytest.raises(RuntimeError, match=refusal):
+            torch.func.grad(lambda v: torch.func.grad(loss)(v).sum())(value.detach())
+
+
+@needs_kernels
+def test_forward_mode_is_refused() -> None:
+    value, levels, locations, weights = example()
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(value, torch.ones_like(value))
+        with pytest.raises(RuntimeError, match="jvp"):
+            ops.multi_scale_deformable_attention(dual, levels, locations, weights)
+
+
+@pytest.mark.parametrize("empty", [(0, 2), (0, 1), (3, 0), (0, 70)])
+def test_levels_without_cells_give_nothing(backend: str, empty: tuple[int, int]) -> None:
+    value = torch.ones(1, 1, 1, 1)
+    locations, weights = torch.full((1, 1, 1, 2, 1, 2), 0.5), torch.ones(1, 1, 1, 2, 1)
+    found = ops.multi_scale_deformable_attention(value, [(1, 1), empty], locations, weights)
+    assert found.item() == 1
+
+
+def test_sizes_may_be_numpy_s_and_tensors_without_data() -> None:
+    value, levels, locations, weights = example()
+    tensors = value, locations, weights
+    expected = ops.multi_scale_deformable_attention(value, levels, *tensors[1:])
+    found = ops.multi_scale_deformable_attention(value, np.array(levels), *tensors[1:])
+    assert torch.equal(found, expected)
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(x) for x in (torch.tensor(levels), *tensors)]
+        fake = ops.multi_scale_deformable_attention(fakes[1], fakes[0], *fakes[2:])
+    assert (fake.shape, fake.dtype) == (expected.shape, expected.dtype)
 
 
 @pytest.mark.parametrize("as_tensor", [False, True])

@@ -229,6 +229,14 @@ def test_a_linear_layer_s_output_is_overwritten(p: float) -> None:
 
 
 @pytest.mark.parametrize("p", [0.0, 0.4])
+def test_a_parameter_is_not_overwritten_through_a_view(p: float) -> None:
+    parameter = nn.Parameter(torch.randn(4, 4))
+    before = parameter.detach().clone()
+    ops.relu_dropout(parameter.view(16), p, inplace=True)
+    assert torch.equal(parameter, before)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
 def test_overwriting_what_another_gradient_needs_is_an_error(p: float) -> None:
     leaf = torch.randn(5, requires_grad=True)
     values = leaf.exp()  # keeps its result

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import ops
 from ops import _library
@@ -405,6 +406,43 @@ def test_transforms_see_through_it() -> None:
         leaves = [place.clone().requires_grad_(), arguments["query"].clone().requires_grad_()]
         wanted = torch.autograd.grad(loss(*leaves), leaves)
         torch.testing.assert_close(tuple(part[row] for part in found), wanted)
+
+
+@needs_kernels
+def test_second_derivatives_and_forward_mode_are_refused() -> None:
+    arguments = example()
+
+    def loss(query: Tensor) -> Tensor:
+        return ops.gaussian_attention(**arguments | {"query": query}).square().sum()
+
+    query = arguments["query"].clone().requires_grad_()
+    (grad,) = torch.autograd.grad(loss(query), query, create_graph=True)
+    assert grad.any()
+    with pytest.raises(RuntimeError, match="gaussian_attention has no second derivatives"):
+        grad.sum().backward()
+    with pytest.raises(RuntimeError, match="gaussian_attention has no second derivatives"):
+        torch.func.grad(lambda q: torch.func.grad(loss)(q).sum())(query.detach())
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="jvp"):
+        loss(forward_ad.make_dual(query.detach(), torch.ones_like(query)))
+
+
+@needs_kernels
+@pytest.mark.parametrize("randomness", ["same", "different"])
+def test_dropout_can_be_mapped(randomness: str) -> None:
+    arguments = example()
+    several = arguments["query"].expand(3, *arguments["query"].shape)
+
+    def loss(query: Tensor) -> Tensor:
+        output = ops.gaussian_attention(**arguments | {"query": query}, dropout_p=0.5)
+        return output.square().sum()
+
+    torch.manual_seed(3)
+    grads = torch.func.vmap(torch.func.grad(loss), randomness=randomness)(several)
+    equal = [torch.equal(grads[0], other) for other in grads[1:]]
+    assert equal == [randomness == "same"] * 2
+    if randomness == "same":
+        torch.manual_seed(3)
+        torch.testing.assert_close(torch.func.grad(loss)(several[0]), grads[0])
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])

@@ -12,8 +12,10 @@ import torch
 
 import ops
 from ops import _library
+from ops._sources import sources_digest, why_unfit
 
 ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ROOT / "ops" / "csrc"
 CPU_INFO = Path("/proc/cpuinfo")
 needs_kernels = pytest.mark.skipif(
     _library.COMPILED_PATH is None, reason="the operator is not built"
@@ -55,14 +57,68 @@ def test_without_the_library_everything_works_after_one_warning(tmp_path: Path) 
     assert "pure-PyTorch path" in result.stderr
 
 
+def origin(digest: str, torch_version: str = torch.__version__) -> bytes:
+    """What a library says of the sources and the torch it was built from."""
+    return f"detr_methods sources {digest} torch {torch_version.partition('+')[0]}\0".encode()
+
+
 def test_a_library_that_does_not_load_is_one_warning_with_its_reason(tmp_path: Path) -> None:
     broken = tmp_path / "_C.so"
-    broken.write_bytes(b"no library")
+    broken.write_bytes(b"no library, " + origin(sources_digest(SOURCES)))
     result = python("-c", USE_ALL, DETR_METHODS_OPS=str(broken))
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("OperatorWarning") == 1
     assert f"{broken} does not load: " in result.stderr
     assert "file too short" in result.stderr or "invalid" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "was built from other sources"),
+        (b"an older build", "was built from other sources"),
+        (origin("0123456789abcdef"), "was built from other sources"),
+        (origin("0123456789abcdef", "1.13.1"), "was built with torch 1.13.1, not"),
+    ],
+)
+def test_what_was_built_from_something_else_is_not_loaded(
+    tmp_path: Path, content: bytes, reason: str
+) -> None:
+    stale = tmp_path / "_C.so"
+    stale.write_bytes(content)
+    result = python("-c", USE_ALL, DETR_METHODS_OPS=str(stale))
+    assert result.returncode == 0, result.stderr
+    assert f"{stale} {reason}" in result.stderr
+    assert "run `python setup.py build_ext --inplace`" in result.stderr
+
+
+def test_bug_fixes_of_torch_and_missing_sources_make_no_library_unfit(tmp_path: Path) -> None:
+    library = tmp_path / "_C.so"
+    library.write_bytes(b"\0 code \0" + origin("0123456789abcdef", "2.13.0"))
+    assert why_unfit(library, tmp_path / "none", "2.13.1+cpu") == ""
+    assert why_unfit(library, tmp_path / "none", "2.12.0") != ""
+    assert why_unfit(library, SOURCES, "2.13.0") != ""
+
+
+def test_the_digest_is_of_names_and_contents(tmp_path: Path) -> None:
+    digests = set()
+    for name, content in (("a.h", b"1"), ("a.h", b"2"), ("b.cpp", b"2"), ("sub/b.cpp", b"2")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+        (tmp_path / "notes.txt").write_bytes(content)
+        digests.add(sources_digest(tmp_path))
+        (tmp_path / name).unlink()
+    assert len(digests) == 4
+    assert sources_digest(tmp_path) == ""
+
+
+@needs_kernels
+def test_another_python_s_library_beside_it_does_no_harm(tmp_path: Path) -> None:
+    (tmp_path / "_C.cpython-310-x86_64-linux-gnu.so").write_bytes(b"another Python's")
+    own = Path(_library.COMPILED_PATH)
+    (tmp_path / own.name).symlink_to(own)
+    result = python("-W", "error", "-c", USE_ALL, DETR_METHODS_OPS=str(tmp_path / "_C*.so"))
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 @needs_kernels
@@ -80,6 +136,7 @@ def test_the_report_names_backends_and_build() -> None:
     for name in names:
         assert rows[name].split()[0] == _library.backend("cpu")
     assert rows["dropout_add"].split()[1] == "PyTorch"  # on CUDA
+    assert rows["linear_sum_assignment"].split()[1] == "host"
     assert torch.__version__ in result.stdout
     if _library.COMPILED_PATH is not None:
         for word in ("-O3", "-fopenmp", _library.cpu_capability()):

@@ -190,3 +190,17 @@ def test_bad_input_is_refused():
     for p in (-0.1, 1.0):
         with pytest.raises(ValueError, match=f"p is {p}, expected a probability below 1"):
             run(*given, p)
+
+
+@pytest.mark.parametrize("without", [(2,), (4,), (2, 4)])
+@pytest.mark.parametrize("again", [False, True])
+def test_without_biases(without, again):
+    given = [None if i in without else x for i, x in enumerate(inputs())]
+    output = run(*given, p=0.0)
+    assert is_one(output)
+    leaves = [x for x in given if x is not None]
+    grads = torch.autograd.grad(output.square().sum(), leaves, create_graph=again)
+    exact = [None if x is None else x.detach().double().requires_grad_() for x in given]
+    expected = F.linear(F.linear(*exact[:3]).relu(), *exact[3:])
+    wanted = torch.autograd.grad(expected.square().sum(), [x for x in exact if x is not None])
+    assert_close(grads, wanted)

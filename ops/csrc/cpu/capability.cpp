@@ -61,6 +61,10 @@ bool is_intel() {
 #endif
 }
 
+// What ops/_sources.py looks for in the file, which therefore need not be loaded to be asked.
+[[gnu::used]] const char origin[] =
+    "detr_methods sources " DETR_METHODS_SOURCES " torch " TORCH_VERSION;
+
 // Compiler, its flags and the torch that the kernels were compiled against.
 std::vector<std::string> build_information() {
 #if defined(__clang__)

@@ -28,9 +28,9 @@ DeformableShape checked_shape(const at::Tensor& value, at::IntArrayRef spatial_s
   int64_t token = 0;
   for (int64_t level = 0; level < shape.levels; ++level) {
     const int64_t height = spatial_shapes[2 * level], width = spatial_shapes[2 * level + 1];
-    TORCH_CHECK_VALUE(height >= 0 && width >= 0 && height <= shape.tokens &&
-                          width <= shape.tokens && (height == 0 || width == 0 ||
-                                                    height <= shape.tokens / width),
+    const int64_t most = std::numeric_limits<int32_t>::max();
+    TORCH_CHECK_VALUE(height >= 0 && width >= 0 && height < most && width < most &&
+                          (height == 0 || width == 0 || height <= shape.tokens / width),
                       "spatial_shapes has a level that value has no tokens for");
     shape.height.push_back(height);
     shape.width.push_back(width);
