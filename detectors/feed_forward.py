@@ -7,11 +7,11 @@ import copy
 import torch
 from detrex.layers import FFN
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 import ops
 from ops.feed_forward import is_one_operator
+from ops.watched import is_watched
 
 from .lean import LeanPReLU, ReLUDropout
 
@@ -73,8 +73,7 @@ class FeedForward(FFN):
         return (
             [type(module) for module in self.layers.modules()] == ONE_OPERATOR
             and is_one_operator(x, self.layers[0][0].weight, self.layers[1].weight)
-            and not any(map(_is_watched, self.layers.modules()))
-            and not _has_any_global_hook()
+            and not is_watched(*self.layers.modules())
         )
 
     def _in_one(self, x: Tensor) -> Tensor:
@@ -86,17 +85,6 @@ class FeedForward(FFN):
         for layer in self.layers[:-1]:
             x = layer(x)
         return x
-
-
-def _is_watched(module: nn.Module) -> bool:
-    """Whether calling a module does more than its class says."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in vars(module)
-    )
 
 
 def checkpoint_feedforward(module: nn.Module, again: bool = True) -> None:

@@ -12,13 +12,14 @@ from torch.utils.checkpoint import checkpoint
 from ._checks import match_shape
 from .deformable_attention import Sizes, multi_scale_deformable_attention
 from .dropout import dropout_add
-from .linear_layer import Linear, linear
+from .linear_layer import Linear, is_plain, linear
 
 
 class MultiScaleDeformableAttention(nn.Module):
     """Multi-scale deformable attention with its projections (Deformable DETR, Eq. 3).
 
-    Few queries on a CPU sample the value before it is projected, see :func:`samples_first`.
+    Few queries on a CPU sample the value before it is projected, see :func:`samples_first`. Layers
+    that something else stands in for, an adapter or one with hooks, are always called.
 
     Args:
         embed_dim: C, the width of queries and values.
@@ -141,7 +142,7 @@ class MultiScaleDeformableAttention(nn.Module):
         weights: Tensor,
     ) -> Tensor:
         """Project and sample, in the order that is cheaper: sums and projection commute."""
-        if not samples_first(value, locations):
+        if not is_plain(self.value_proj) or not samples_first(value, locations):
             value = self.project_value(value, key_padding_mask)
             return multi_scale_deformable_attention(value, spatial_shapes, locations, weights)
         # every head samples all channels, as if it were a query of its own
@@ -149,7 +150,7 @@ class MultiScaleDeformableAttention(nn.Module):
         if key_padding_mask is not None:
             _match_padding(key_padding_mask, value)
             value = value.masked_fill(key_padding_mask[..., None], 0)
-            present = present.masked_fill_(key_padding_mask[..., None, None], 0)
+            present = present.masked_fill(key_padding_mask[..., None, None], 0)
         points = locations.flatten(1, 2).unsqueeze(2), weights.flatten(1, 2).unsqueeze(2)
         samples = multi_scale_deformable_attention(value.unsqueeze(2), spatial_shapes, *points)
         counts = multi_scale_deformable_attention(present, spatial_shapes, *points)
@@ -166,11 +167,15 @@ class MultiScaleDeformableAttention(nn.Module):
         self, value: Tensor, key_padding_mask: Tensor | None, layer: nn.Module | None = None
     ) -> Tensor:
         """(B, S, H, D) of (B, S, C), zero on padding; ``layer`` stands in for ``value_proj``."""
-        value = (layer or self.value_proj)(value)
+        layer = layer or self.value_proj
+        value = layer(value)
         if key_padding_mask is not None:
             _match_padding(key_padding_mask, value)
-            # in place: no gradient needs what is overwritten
-            value = value.masked_fill_(key_padding_mask[..., None], 0)
+            mask = key_padding_mask[..., None]
+            if is_plain(layer) and not torch._C._are_functorch_transforms_active():
+                value.masked_fill_(mask, 0)  # nothing else has it, nor needs a gradient of it
+            else:
+                value = value.masked_fill(mask, 0)
         return value.unflatten(-1, (self.num_heads, -1))
 
     def sampling_locations(
@@ -182,19 +187,24 @@ class MultiScaleDeformableAttention(nn.Module):
         match_shape("reference_points", reference_points, axes, sizes)
         # a row of numbers per query and head: broadcasting along short axes is slow
         centers = self._for_points(reference_points[..., :2])
+        layer = self.sampling_offsets
+        shared_unit = reference_points.shape[-1] == 2 and is_plain(layer)
         if reference_points.shape[-1] == 4:
-            offsets = self.sampling_offsets(query).unflatten(-1, (self.num_heads, -1))
             unit = self._for_points(reference_points[..., 2:] * (0.5 / self.num_points))
-            dtype = torch.promote_types(offsets.dtype, unit.dtype)
-            locations = torch.addcmul(centers.to(dtype), offsets.to(dtype), unit.to(dtype))
         else:
-            # the unit is the same for all queries: scaling the few weights saves a pass over all
-            layer = self.sampling_offsets
             size = torch.as_tensor(spatial_shapes, device=query.device).flip(-1)  # (V, 2), (w, h)
-            unit = self._for_points(size.to(layer.weight.dtype).reciprocal())
+            size = size.clamp(min=1)  # a level without cells has no samples, whatever its unit
+            dtype = layer.weight.dtype if shared_unit else centers.dtype
+            unit = self._for_points(size.to(dtype).reciprocal())
+        if shared_unit:
+            # the unit is the same for all queries: scaling the few weights saves a pass over all
             unit = unit.expand(self.num_heads, -1).flatten()
             offsets = linear(query, layer.weight * unit[:, None], layer.bias * unit)
             locations = offsets.unflatten(-1, (self.num_heads, -1)) + centers
+        else:
+            offsets = layer(query).unflatten(-1, (self.num_heads, -1))
+            dtype = torch.promote_types(offsets.dtype, unit.dtype)
+            locations = torch.addcmul(centers.to(dtype), offsets.to(dtype), unit.to(dtype))
         return locations.unflatten(-1, (self.num_levels, self.num_points, 2))
 
     def _for_points(self, per_level: Tensor) -> Tensor:
@@ -220,7 +230,7 @@ def samples_first(value: Tensor, locations: Tensor) -> bool:
         value: (B, S, C), not projected.
         locations: (B, N, H, V, P, 2).
     """
-    if value.device.type != "cpu" or torch.jit.is_tracing():
+    if value.device.type != "cpu" or torch.jit.is_tracing() or torch.compiler.is_exporting():
         return False
     corners = 4 * math.prod(locations.shape[1:5])
     return 4 * corners <= value.shape[1] * value.shape[2]

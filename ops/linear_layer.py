@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ._library import is_eager_in_float32_on_cpu
 from .pixel_convolution import FEWEST_PRODUCTS, convolution_1x1
+from .watched import is_watched
 
 FEWEST_CHANNELS = 64
 """Below which PyTorch's own way is as fast."""
@@ -27,7 +28,8 @@ def linear(tokens: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     Returns:
         (..., N).
     """
-    if not is_faster_as_convolution(tokens, weight):
+    broadcast = bias is not None and bias.shape != weight.shape[:1]
+    if broadcast or not is_faster_as_convolution(tokens, weight):
         return F.linear(tokens, weight, bias)
     output = convolution_1x1(as_image(tokens), weight[:, :, None, None], bias)
     return as_tokens(output, tokens)
@@ -61,3 +63,8 @@ class Linear(nn.Linear):
     def forward(self, tokens: Tensor) -> Tensor:
         """(..., K) to (..., N)."""
         return linear(tokens, self.weight, self.bias)
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a layer is the product with its weight and the sum with its bias, and no more."""
+    return type(layer) in (Linear, nn.Linear) and layer.bias is not None and not is_watched(layer)

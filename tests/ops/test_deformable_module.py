@@ -55,7 +55,7 @@ def test_initial_values(layer_cases) -> None:
 def call(layer: torch.nn.Module, images=2, queries=6, **options) -> Tensor:
     """Run a batch-first layer on reproducible input."""
     generator = torch.Generator().manual_seed(0)
-    dtype = layer.value_proj.weight.dtype
+    dtype = layer.output_proj.weight.dtype
     defaults = {
         "query": torch.randn(images, queries, 16, generator=generator).to(dtype),
         "value": torch.randn(images, 47, 16, generator=generator).to(dtype),
@@ -165,7 +165,7 @@ def kept_bytes(known: Tensor) -> Iterator[Callable[[], int]]:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_few_queries_sample_first(masked: bool) -> None:
+def test_few_queries_sample_first(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The order is chosen by size alone, and results do not tell which one it was."""
     torch.manual_seed(0)
     layer = ops.MultiScaleDeformableAttention(32, 4, 2, 2, dropout=0.0, batch_first=True).double()
@@ -176,7 +176,10 @@ def test_few_queries_sample_first(masked: bool) -> None:
     references = torch.rand(2, 51, 2, 2, dtype=torch.float64) * 1.2 - 0.1
     padding = {"key_padding_mask": torch.rand(2, 400) < 0.3} if masked else {}
     outputs, projected = [], []
-    layer.value_proj.register_forward_hook(lambda *_: projected.append(len(outputs)))
+    project = layer.project_value
+    monkeypatch.setattr(
+        layer, "project_value", lambda *tensors: projected.append(len(outputs)) or project(*tensors)
+    )
     for count in (50, 51):
         outputs.append(
             layer(
@@ -196,6 +199,87 @@ def test_few_queries_sample_first(masked: bool) -> None:
     inputs = [queries, value, *layer.parameters()]
     grads = [torch.autograd.grad(o[:, :50].square().sum(), inputs) for o in outputs]
     torch.testing.assert_close(*grads, rtol=1e-11, atol=1e-11)
+
+
+class Adapted(torch.nn.Module):
+    """A layer with something added, which passes on its weights."""
+
+    def __init__(self, layer: torch.nn.Linear) -> None:
+        super().__init__()
+        self.layer, self.extra = layer, torch.nn.Linear(16, layer.out_features)
+        self.weight, self.bias = layer.weight, layer.bias
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.layer(tokens) + self.extra(tokens)
+
+
+@pytest.mark.parametrize("name", ["value_proj", "sampling_offsets"])
+def test_what_stands_in_for_a_layer_is_called(layer, name: str) -> None:
+    before = call(layer)
+    plain = getattr(layer, name)
+    setattr(layer, name, Adapted(plain))
+    output = call(layer)
+    assert not torch.allclose(output, before)
+    output.sum().backward()
+    assert getattr(layer, name).extra.weight.grad.any()
+    setattr(layer, name, plain)
+    handle = plain.register_forward_hook(lambda module, inputs, found: found * 0)
+    assert not torch.allclose(call(layer), before)
+    handle.remove()
+    assert torch.equal(call(layer), before)
+    setattr(layer, name, torch.nn.Linear(16, plain.out_features, bias=False))
+    assert call(layer).isfinite().all()
+
+
+def test_the_value_is_not_overwritten_where_nothing_projects_it(layer) -> None:
+    layer.value_proj = torch.nn.Identity()
+    value, mask = torch.randn(2, 47, 16), torch.ones(2, 47, dtype=torch.bool)
+    given = value.clone()
+    call(layer, value=value, key_padding_mask=mask)
+    assert torch.equal(value, given)
+
+
+def test_masks_can_be_mapped(layer) -> None:
+    masks = torch.rand(3, 2, 47) < 0.5
+    mapped_call = torch.func.vmap(
+        lambda mask: call(layer, key_padding_mask=mask), randomness="same"
+    )
+    found = mapped_call(masks)
+    for mapped, mask in zip(found, masks, strict=True):
+        torch.testing.assert_close(mapped, call(layer, key_padding_mask=mask))
+
+
+@pytest.mark.parametrize("coordinates", [2, 4])
+def test_a_level_without_cells_leaves_gradients_finite(layer, coordinates: int) -> None:
+    references = torch.full((2, 6, 2, coordinates), 0.4)
+    shapes = ((47, 1), (0, 0))
+    call(layer, reference_points=references, spatial_shapes=shapes).square().sum().backward()
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad.isfinite().all(), name
+
+
+def test_exports_with_any_number_of_queries() -> None:
+    layer = ops.MultiScaleDeformableAttention(16, 2, 2, 3, dropout=0.0, batch_first=True)
+    values = torch.randn(1, 47, 16)
+
+    class Attention(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, query: Tensor, references: Tensor) -> Tensor:
+            return self.layer(
+                query, value=values, reference_points=references, spatial_shapes=LEVELS
+            )
+
+    def inputs(count: int) -> tuple[Tensor, Tensor]:
+        return torch.randn(1, count, 16), torch.rand(1, count, 2, 2)
+
+    count = torch.export.Dim("count", min=2, max=2000)
+    exported = torch.export.export(Attention(), inputs(600), dynamic_shapes=({1: count},) * 2)
+    for queries in (2, 500):
+        given = inputs(queries)
+        torch.testing.assert_close(exported.module()(*given), Attention()(*given))
 
 
 def test_compiles_without_a_graph_break(layer) -> None:

@@ -7,6 +7,7 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from detectors.attention import QuerySelfAttention
@@ -160,3 +161,19 @@ def test_weights_are_those_of_pytorchs_layer():
         assert torch.equal(mine.state_dict()[name], value)
     tokens, *_ = inputs(TOKENS)
     torch.testing.assert_close(mine(tokens), theirs(tokens), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1,), ()])
+def test_a_bias_may_be_one_number(shape):
+    tokens, weight, _ = inputs(TOKENS)
+    bias = torch.ones(shape)
+    assert convolutions(tokens, weight, bias) == 0
+    assert torch.equal(linear(tokens, weight, bias), F.linear(tokens, weight, bias))
+
+
+def test_forward_mode_is_pytorchs_product():
+    tokens, weight, bias = inputs(TOKENS)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(tokens, torch.ones_like(tokens))
+        found = forward_ad.unpack_dual(linear(dual, weight.requires_grad_(), bias)).tangent
+    torch.testing.assert_close(found, F.linear(torch.ones_like(tokens), weight))
