@@ -291,8 +291,7 @@ class Detector(nn.Module):
         num_boxes = average_num_boxes(targets, self.device)
         supervised = self._supervised(predictions)
         if matches is not None:
-            known = predictions.groups
-            matches = matches.of_groups([known.index(group) for group in supervised.groups])
+            matches = matches.of_groups(self._supervised_places(predictions.groups))
         losses = self._matched_losses("", supervised, targets, num_boxes, matches)
         if predictions.denoised is not None and predictions.denoising is not None:
             denoised, denoising = self._supervised(predictions.denoised), predictions.denoising
@@ -363,13 +362,17 @@ class Detector(nn.Module):
         """Predictions of the groups that have losses."""
         if self.aux_loss:
             return predictions
-        last = predictions.groups[-1].layer
-        kept = [place for place, group in enumerate(predictions.groups) if group.layer == last]
+        kept = self._supervised_places(predictions.groups)
         return Predictions(
             predictions.logits[kept],
             predictions.boxes[kept],
             tuple(predictions.groups[place] for place in kept),
         )
+
+    def _supervised_places(self, groups: Sequence[Group]) -> list[int]:
+        """Which of the groups have losses; found by number, as compilers cannot compare groups."""
+        last = groups[-1].layer
+        return [place for place, group in enumerate(groups) if self.aux_loss or group.layer == last]
 
     def _matched_losses(
         self,
