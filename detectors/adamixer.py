@@ -228,6 +228,7 @@ class AdaMixer(Detector):
             neck's.
     """
 
+    padding_options = ("mask_padding_in_training",)
     transformer: Transformer
     class_embed: nn.ModuleList
     bbox_embed: nn.ModuleList
@@ -277,7 +278,7 @@ class AdaMixer(Detector):
                 f"the decoder has {len(strides)} strides"
             )
         masked = features.padding_masks is not None
-        if self.training or not self.separate_at_inference:
+        if self.follows_training or not self.separate_at_inference:
             masked = masked and self.mask_padding_in_training
         levels = []
         for level, stride in zip(features.levels, strides, strict=True):

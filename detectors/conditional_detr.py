@@ -83,6 +83,8 @@ class ConditionalDecoder(Decoder):
         checkpoint_layers: see :class:`~detectors.decoder.Decoder`.
     """
 
+    padding_options = ("mask_padding_in_training",)
+
     def __init__(
         self,
         embed_dim: int = 256,
@@ -137,7 +139,8 @@ class ConditionalDecoder(Decoder):
 
     def padding(self, memory: Memory) -> Tensor | None:
         """Cells (R * B, S) that the cross-attention is kept off."""
-        if memory.padding_mask is None or (self.training and not self.mask_padding_in_training):
+        seen = self.follows_training and not self.mask_padding_in_training
+        if memory.padding_mask is None or seen:
             return None
         return memory.for_branches(memory.padding_mask)
 

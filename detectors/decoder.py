@@ -11,12 +11,13 @@ from torch.utils.checkpoint import checkpoint
 import ops
 
 from .feed_forward import checkpoint_feedforward
+from .padding import PaddingRules
 from .structures import AttentionMaps
 
 CheckpointLayers = bool | Literal["wide"]
 
 
-class Decoder(nn.Module):
+class Decoder(PaddingRules):
     """A stack of layers that a subclass makes by :meth:`stack` and runs by :meth:`run_layer`.
 
     Args:

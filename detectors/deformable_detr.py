@@ -393,7 +393,7 @@ class DeformableDETR(DeformableDetector):
             logits = self.class_embed[-1](tokens)
             boxes = (self.bbox_embed[-1](tokens) + start).sigmoid()
         scores = logits[..., 0]
-        if memory.padding_mask is not None and not self.training:
+        if memory.padding_mask is not None and not self.follows_training:
             # else padding, which depends on the other images, could displace border cells
             scores = scores.masked_fill(memory.padding_mask, -math.inf)
         best = scores.topk(min(self.num_queries, scores.shape[1]), dim=1).indices

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .backbone import fold_frozen_norms, laid_out
 from .criterion import SetCriterion, average_num_boxes
 from .heads import apply_heads, decode_boxes, split_denoised
-from .padding import no_padding, padding_of, resize_mask, stack_padded
+from .padding import PaddingRules, no_padding, padding_of, resize_mask, stack_padded
 from .structures import (
     STUDENT,
     AttentionMaps,
@@ -32,7 +32,7 @@ from .structures import (
 from .transformer import Transformer
 
 
-class Detector(nn.Module):
+class Detector(PaddingRules):
     """Images in; weighted losses (training) or instances (evaluation) out.
 
     A subclass says how backbone features become maps of the transformer's width (:meth:`project`)
@@ -197,7 +197,7 @@ class Detector(nn.Module):
     def extract(self, images: ImageList) -> FeatureMaps:
         """Backbone, projection to the transformer's width, padding masks and positions."""
         padding = self._padding(images)
-        if padding is None or self.training or not self.separate_at_inference:
+        if padding is None or self.follows_training or not self.separate_at_inference:
             levels, masks = self._levels(images, padding)
         else:
             levels, masks = self._levels_of_each(images)
@@ -354,7 +354,7 @@ class Detector(nn.Module):
         padded = images.tensor.shape[-2:]
         if all(tuple(size) == tuple(padded) for size in images.image_sizes):
             return None
-        if not self.training and not self.mask_padding_at_inference:
+        if not self.follows_training and not self.mask_padding_at_inference:
             return None
         return padding_of(images)
 

@@ -26,6 +26,8 @@ class DNDeformableDecoder(DeformableDecoder):
             evaluation boxes are always relative to their image.
     """
 
+    padding_options = ("embed_unpadded_in_training",)
+
     def __init__(
         self, embed_dim: int = 256, *decoder, embed_unpadded_in_training: bool = False, **named
     ):
@@ -45,7 +47,7 @@ class DNDeformableDecoder(DeformableDecoder):
         on_levels: Tensor,
     ) -> Tensor:
         """Embedded boxes (B or R * B, N, C), scaled by the content."""
-        if self.training and not self.embed_unpadded_in_training:
+        if self.follows_training and not self.embed_unpadded_in_training:
             references = on_levels[:, :, 0]
         sine = get_sine_pos_embed(references, self.embed_dim // 2)
         position = self.ref_point_head(sine)

@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from detectron2.structures import ImageList
-from torch import Tensor
+from torch import Tensor, nn
+
+
+class PaddingRules(nn.Module):
+    """A module that may treat padding in training in another way than in evaluation."""
+
+    padding_options: ClassVar[tuple[str, ...]] = ()
+    """Names of the options that say how it does in training."""
+    pads_as_in_training: bool = False
+    """Do so in evaluation too: for a teacher, which sees the batches of its student's training."""
+
+    @property
+    def follows_training(self) -> bool:
+        """Whether padding is now treated as in training."""
+        return self.training or self.pads_as_in_training
 
 
 def padding_of(images: ImageList) -> Tensor:

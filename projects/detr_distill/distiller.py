@@ -27,7 +27,7 @@ from .context import DistillationContext, View
 from .measures import detection_quality, instability
 from .objective import Objective
 from .queries import QueryAdapter
-from .teacher import precision_of
+from .teacher import pad_as_student, precision_of
 from .timing import StepClock
 
 
@@ -35,8 +35,9 @@ class Distiller(nn.Module):
     """In training a student's losses and those of the objectives; in evaluation the student.
 
     The teacher is no submodule: it is in no state dict, no average of weights and no distributed
-    wrapper, and always in evaluation mode. What is learned besides the student is under
-    ``training_parts``, so that ``student.state_dict()`` is a plain detector's.
+    wrapper, and always in evaluation mode. It treats padding as the student does in training, see
+    :func:`~projects.detr_distill.teacher.pad_as_student`. What is learned besides the student is
+    under ``training_parts``, so that ``student.state_dict()`` is a plain detector's.
 
     Args:
         student: any detector.
@@ -55,7 +56,7 @@ class Distiller(nn.Module):
                 f"the teacher {teacher.num_classes}: expected the same"
             )
         self.student = student
-        teacher.separate_at_inference = False  # its maps see a batch as the student's do
+        pad_as_student(teacher, student)
         self._outside = (teacher.requires_grad_(False).eval(),)  # a tuple registers nothing
         self.training_parts = nn.ModuleDict({"objectives": nn.ModuleList(objectives)})
         if any(objective.needs_group for objective in objectives):

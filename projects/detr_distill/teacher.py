@@ -49,6 +49,23 @@ def load_teacher(detector: Detector, init_checkpoint: str, dtype: str = "float32
     return detector.requires_grad_(False).eval()
 
 
+def pad_as_student(teacher: Detector, student: Detector) -> None:
+    """Let a teacher treat a padded batch as its student does in training.
+
+    Its maps and proposals are made as in training. How padding is treated there is for the
+    student's options to say, so that a copy of the teacher has nothing to learn. Where the student
+    has no such option, being of another kind, the teacher's decoder goes on as in evaluation, and
+    AdaMixer's maps follow its own option.
+    """
+    teacher.pads_as_in_training = True
+    decoders = teacher.transformer.decoder, student.transformer.decoder
+    for asleep, awake in ((teacher, student), decoders):
+        for name in asleep.padding_options:  # type: ignore[union-attr]
+            if hasattr(awake, name):
+                setattr(asleep, name, getattr(awake, name))
+                asleep.pads_as_in_training = True  # type: ignore[assignment]
+
+
 def precision_of(teacher: Detector) -> torch.dtype:
     """The precision that a teacher works in, up to its encoder's end."""
     smaller = (p.dtype for p in teacher.parameters() if p.dtype in _SMALLER)

@@ -1,8 +1,16 @@
 """Distillation as a trainer may set it: compiled, in mixed precision, in padded batches."""
 
+import copy
+
+import every_detector
+import pytest
 import torch
 from tiny_distiller import detector, distiller, train_step
 
+from projects.detr_distill.attention_maps import (
+    CrossAttentionDistillation,
+    SelfAttentionDistillation,
+)
 from projects.detr_distill.fitnet import FitNet
 
 
@@ -17,3 +25,77 @@ def test_a_compiled_step_is_the_eager_one():
         losses = train_step(model)
         steps.append((losses, {name: p.grad for name, p in model.named_parameters()}))
     torch.testing.assert_close(steps[1], steps[0])
+
+
+def views(model, inputs):
+    """The student's in training and the teacher's."""
+    targets = model.student.prepare_targets(inputs)
+    with torch.no_grad():
+        student, _ = model._view(model.student, inputs, targets)
+        return student, model._view(model.teacher, inputs)[0]
+
+
+def attention_objectives(kind):
+    """Those that detectors of this kind have."""
+    if kind == "detr_cross_entropy":  # whose scores no matching can go by
+        return [SelfAttentionDistillation("fixed"), CrossAttentionDistillation("fixed")]
+    if kind == "adamixer":  # whose samples have no weights
+        return [SelfAttentionDistillation()]
+    return [SelfAttentionDistillation(), CrossAttentionDistillation()]
+
+
+@pytest.mark.parametrize("kind", every_detector.BUILDERS)
+def test_a_copy_of_the_teacher_sees_padding_as_it_does(kind):
+    teacher = every_detector.build(kind)
+    model = distiller(copy.deepcopy(teacher), teacher, attention_objectives(kind))
+    inputs = every_detector.batch()
+    student, taught = views(model, inputs)
+    assert student.features.padding_masks is not None
+    torch.testing.assert_close(student.logits, taught.logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(student.boxes, taught.boxes, rtol=0, atol=1e-5)
+    for name, value in model(inputs).items():
+        if "attention" in name:
+            assert value.item() == pytest.approx(0, abs=1e-6), name
+
+
+OPTIONS = {
+    "conditional": "transformer.decoder.mask_padding_in_training",
+    "dab": "transformer.decoder.mask_padding_in_training",
+    "dn_deformable": "transformer.decoder.embed_unpadded_in_training",
+    "adamixer": "mask_padding_in_training",
+}
+
+
+def set_option(model, name, value):
+    module, _, option = name.rpartition(".")
+    assert hasattr(model.get_submodule(module), option)
+    setattr(model.get_submodule(module), option, value)
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_how_padding_is_seen_is_for_the_student_to_say(kind, own):
+    teacher = every_detector.build(kind)
+    set_option(teacher, OPTIONS[kind], not own)
+    student = copy.deepcopy(teacher)
+    set_option(student, OPTIONS[kind], own)
+    learner, taught = views(distiller(student, teacher, [FitNet()]), every_detector.batch())
+    torch.testing.assert_close(learner.logits, taught.logits, rtol=0, atol=1e-5)
+
+
+def test_a_teacher_of_another_kind_keeps_off_padding():
+    teacher = every_detector.build("conditional")
+    model = distiller(every_detector.build("detr"), teacher, [CrossAttentionDistillation()])
+    _, taught = views(model, every_detector.batch())
+    padding = taught.memory.padding_mask
+    for made in taught.attention.cross_attention:
+        for row in range(2):
+            assert (made(slice(row, row + 1))[..., padding[row]] == 0).all()
+
+
+def test_a_teacher_that_masks_nothing_in_evaluation_does_as_in_training():
+    teacher = every_detector.build("detr")
+    student = copy.deepcopy(teacher)
+    teacher.mask_padding_at_inference = False
+    learner, taught = views(distiller(student, teacher, [FitNet()]), every_detector.batch())
+    torch.testing.assert_close(learner.logits, taught.logits, rtol=0, atol=1e-5)
