@@ -290,7 +290,7 @@ class AdaMixer(Detector):
         """Contents; where they look depends on the image."""
         embedded = self.query_embed.weight
         content = F.layer_norm(embedded, embedded.shape[-1:])
-        return LearnedQueries(content, content.new_zeros(len(content), 4))
+        return LearnedQueries(content, content.new_zeros(len(content), 0))
 
     def start(self, learned: LearnedQueries, memory: Memory) -> Queries:
         """Queries for every image of the memory, all on the whole image."""
@@ -298,7 +298,8 @@ class AdaMixer(Detector):
             raise ValueError("memory.image_sizes is None, AdaMixer's queries cover the image")
         whole = whole_image(memory.image_sizes)
         queries = super().start(learned, memory)
-        return dataclasses.replace(queries, position=whole[:, None].expand_as(queries.position))
+        position = whole[:, None].expand(-1, len(learned.content), -1)
+        return dataclasses.replace(queries, position=position)
 
     def decode(
         self, memory: Memory, queries: Queries, attention: AttentionMaps | None = None

@@ -250,7 +250,7 @@ class LearnedQueries:
 
     Attributes:
         content: (N, C).
-        position: (N, C) or what else :class:`Queries` says.
+        position: (N, C), or an anchor's logits (N, 2 or 4), or (N, 0) where the image gives it.
     """
 
     content: Tensor

@@ -41,9 +41,9 @@ def _learned(name: str, detector: Detector) -> LearnedQueries:
 def _adapter(kind: str, given: int, wanted: int) -> nn.Module:
     if given == wanted:
         return nn.Identity()
-    if min(given, wanted) <= 4:  # anchors
+    if min(given, wanted) <= 4:  # anchors, or AdaMixer's, which start from the whole image
         raise UserError(
             f"the teacher's queries have {kind} of {given} numbers, the student's of {wanted}: "
-            "anchors and embeddings cannot stand for each other"
+            "embeddings, anchors and none cannot stand for each other"
         )
     return nn.Linear(given, wanted, bias=False)  # empty contents stay empty

@@ -1,4 +1,4 @@
-"""Distillation as a trainer may set it: compiled, in mixed precision, in padded batches."""
+"""Distillation as a run may set it: compiled, in mixed precision, between kinds of detectors."""
 
 import copy
 
@@ -7,11 +7,13 @@ import pytest
 import torch
 from tiny_distiller import detector, distiller, train_step
 
+from engine.errors import UserError
 from projects.detr_distill.attention_maps import (
     CrossAttentionDistillation,
     SelfAttentionDistillation,
 )
 from projects.detr_distill.fitnet import FitNet
+from projects.detr_distill.queries import QueryAdapter
 
 
 def test_a_compiled_step_is_the_eager_one():
@@ -99,3 +101,24 @@ def test_a_teacher_that_masks_nothing_in_evaluation_does_as_in_training():
     teacher.mask_padding_at_inference = False
     learner, taught = views(distiller(student, teacher, [FitNet()]), every_detector.batch())
     torch.testing.assert_close(learner.logits, taught.logits, rtol=0, atol=1e-5)
+
+
+SHARED = (
+    {"detr", "conditional", "smca", "multi_scale_smca", "deformable", "refining"},
+    {"dab", "dn", "dn_deformable"},
+    {"adamixer"},
+)
+
+
+@pytest.mark.parametrize("kind", sorted(set.union(*SHARED)))
+def test_queries_are_shared_between_detectors_that_place_them_alike(kind):
+    student = every_detector.build(kind)
+    alike = next(kinds for kinds in SHARED if kind in kinds)
+    for other in sorted(set.union(*SHARED)):
+        teacher = every_detector.build(other)
+        if other in alike:
+            learned = QueryAdapter(student, teacher)(teacher.learned_queries())
+            assert learned.content.shape[-1] == student.learned_queries().content.shape[-1]
+            continue
+        with pytest.raises(UserError, match=r"positions of .* cannot stand for each other"):
+            QueryAdapter(student, teacher)
