@@ -102,7 +102,9 @@ class SoftCost:
         costs = costs - self.giou * overlap
         if self.logits:
             background = F.softplus(logits).sum(-1, keepdim=True)
-            costs = costs + self.logits * (background - logits @ teacher_logits.sigmoid().mT)
+            with torch.autocast(logits.device.type, enabled=False):  # or products would be rounded
+                agreement = logits @ teacher_logits.sigmoid().mT
+            costs = costs + self.logits * (background - agreement)
         return costs.nan_to_num(WORST_COST, WORST_COST, -WORST_COST)
 
 

@@ -13,6 +13,7 @@ from projects.detr_distill.attention_maps import (
     SelfAttentionDistillation,
 )
 from projects.detr_distill.fitnet import FitNet
+from projects.detr_distill.matching import Detections, SoftCost
 from projects.detr_distill.queries import QueryAdapter
 
 
@@ -122,3 +123,12 @@ def test_queries_are_shared_between_detectors_that_place_them_alike(kind):
             continue
         with pytest.raises(UserError, match=r"positions of .* cannot stand for each other"):
             QueryAdapter(student, teacher)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_costs_are_precise_in_mixed_precision(dtype):
+    torch.manual_seed(0)
+    sides = [Detections(torch.randn(2, 1, 30, 80) - 4, torch.rand(2, 1, 30, 4)) for _ in range(2)]
+    exact = SoftCost()(*sides)
+    with torch.autocast("cpu", dtype=dtype):
+        assert torch.equal(SoftCost()(*sides), exact)
