@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from detectron2.structures import ImageList
 from torch import Tensor, nn
 
 from detectors.detector import Detector
@@ -27,7 +26,7 @@ from .context import DistillationContext, View
 from .measures import detection_quality, instability
 from .objective import Objective
 from .queries import QueryAdapter
-from .teacher import pad_as_student, precision_of
+from .teacher import encode, pad_as_student
 from .timing import StepClock
 
 
@@ -89,7 +88,7 @@ class Distiller(nn.Module):
         student = self.student
         targets = student.prepare_targets(batched_inputs)
         self._clock.start_step(student.device)
-        with torch.no_grad(), self._teacher_precision():
+        with torch.no_grad():
             teacher_view, teacher_predictions = self._view(self.teacher, batched_inputs)
         self._clock.stop_teacher()
         view, predictions = self._view(student, batched_inputs, targets)
@@ -116,9 +115,7 @@ class Distiller(nn.Module):
         self, detector: Detector, batched_inputs: list[dict], targets: Targets | None = None
     ) -> tuple[View, Predictions]:
         """Run a detector; its student branch's view and what all branches predict."""
-        images: ImageList = detector.preprocess(batched_inputs)
-        features = detector.extract(images)
-        memory = detector.encode(features, targets)
+        features, memory = encode(detector, detector.preprocess(batched_inputs), targets)
         return self._decode(detector, features, memory, detector.queries(memory, targets))
 
     def _decode(
@@ -176,21 +173,13 @@ class Distiller(nn.Module):
                 metrics[f"{name}_instability_{stage}"] = value
         return metrics
 
-    def _teacher_precision(self) -> torch.autocast:
-        """Autocast to what the teacher's weights are kept in; else as the student's step."""
-        device, dtype = self.teacher.device.type, precision_of(self.teacher)
-        if dtype == torch.float32:
-            return torch.autocast(device, enabled=torch.is_autocast_enabled(device))
-        return torch.autocast(device, dtype=dtype)
-
     @torch.no_grad()
     def _prepare(self) -> None:
         """Let every objective see what both make of an image of noise."""
         training = self.student.training
         self.student.eval()
         image = torch.rand(3, 128, 128, device=self.student.device) * 255
-        with self._teacher_precision():
-            teacher, _ = self._view(self.teacher, [{"image": image}])
+        teacher, _ = self._view(self.teacher, [{"image": image}])
         student, _ = self._view(self.student, [{"image": image}])
         for objective in self.objectives:
             objective.prepare(student, teacher)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import torch
-from torch import nn
+from detectron2.structures import ImageList
+from torch import Tensor, nn
 
 from detectors.detector import Detector
+from detectors.structures import FeatureMaps, Memory, Targets
 from engine.checkpoint import AtomicCheckpointer
 from engine.errors import UserError
 
@@ -25,7 +28,8 @@ def load_teacher(detector: Detector, init_checkpoint: str, dtype: str = "float32
         detector: of any weights.
         init_checkpoint: must hold every weight.
         dtype: of the convolutions and linear layers of backbone, neck and encoder: ``float32``,
-            ``bfloat16`` or ``float16``. What follows stays in float32, as positions need it.
+            ``bfloat16`` or ``float16``, in which these work. What follows works in float32, as
+            positions need it, or in the precision of the student's step.
 
     Returns:
         The same detector.
@@ -66,10 +70,30 @@ def pad_as_student(teacher: Detector, student: Detector) -> None:
                 asleep.pads_as_in_training = True  # type: ignore[assignment]
 
 
-def precision_of(teacher: Detector) -> torch.dtype:
-    """The precision that a teacher works in, up to its encoder's end."""
-    smaller = (p.dtype for p in teacher.parameters() if p.dtype in _SMALLER)
-    return next(smaller, torch.float32)
+def encode(
+    detector: Detector, images: ImageList, targets: Targets | None = None
+) -> tuple[FeatureMaps, Memory]:
+    """A detector's maps and memory, made in the type that its early weights are kept in.
+
+    What is made in a smaller one is returned in float32, for a decoder that is not.
+    """
+    dtype = next((p.dtype for p in detector.parameters() if p.dtype in _SMALLER), None)
+    if dtype is None:
+        features = detector.extract(images)
+        return features, detector.encode(features, targets)
+    with torch.autocast(detector.device.type, dtype=dtype):
+        features = detector.extract(images)
+        memory = detector.encode(features, targets)
+    levels, positions = (_widened(maps) for maps in (features.levels, features.positions))
+    tokens, token_positions = _widened((memory.tokens, memory.positions))
+    return (
+        replace(features, levels=levels, positions=positions),
+        replace(memory, tokens=tokens, positions=token_positions),
+    )
+
+
+def _widened(values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(value.float() for value in values)
 
 
 def _shrink(detector: Detector, dtype: torch.dtype) -> None:

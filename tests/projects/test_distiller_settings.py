@@ -15,6 +15,7 @@ from projects.detr_distill.attention_maps import (
 from projects.detr_distill.fitnet import FitNet
 from projects.detr_distill.matching import Detections, SoftCost
 from projects.detr_distill.queries import QueryAdapter
+from projects.detr_distill.teacher import load_teacher
 
 
 def test_a_compiled_step_is_the_eager_one():
@@ -132,3 +133,22 @@ def test_costs_are_precise_in_mixed_precision(dtype):
     exact = SoftCost()(*sides)
     with torch.autocast("cpu", dtype=dtype):
         assert torch.equal(SoftCost()(*sides), exact)
+
+
+@pytest.mark.parametrize("kind", ["conditional", "dab", "two_stage", "smca", "adamixer"])
+def test_a_smaller_teacher_decodes_in_float32(tmp_path, kind):
+    torch.save({"model": every_detector.build(kind).state_dict()}, tmp_path / "teacher.pth")
+    teacher = load_teacher(every_detector.build(kind), str(tmp_path / "teacher.pth"), "bfloat16")
+    made = {}
+    for name, module in teacher.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(
+                lambda *call, name=name: made.update({name: call[2].dtype})
+            )
+    model = distiller(every_detector.build(kind), teacher, [FitNet()])
+    _, taught = views(model, every_detector.batch())
+    assert taught.memory.tokens.dtype == taught.states.dtype == torch.float32
+    assert {level.dtype for level in taught.features.levels} == {torch.float32}
+    early = {name for name in made if name.startswith("transformer.encoder.")}
+    assert {made[name] for name in early} <= {torch.bfloat16}
+    assert {made[name] for name in made.keys() - early} == {torch.float32}
