@@ -172,6 +172,23 @@ def test_a_config_changes_nothing_but_the_encoder_and_what_is_kept():
             assert ours[part] == theirs[part], (name, part)
 
 
+def test_decoders_mask_padding_that_could_see_it():
+    names = [path.stem for path in FOLDER.glob("*.py")]
+    students = {name: load(name).model for name in names}
+    student = (
+        ROOT / "projects/detr_distill/configs/detrdistill_ks_conditional_detr_r101_r50_50ep.py"
+    )
+    students["distilled"] = LazyConfig.load(str(student)).model.student
+    seeing = {name for name in students if "deformable" not in name}
+    masking = {
+        name
+        for name, model in students.items()
+        if model.transformer.decoder.get("mask_padding_in_training", False)
+    }
+    assert seeing - masking == {"ks_conditional_detr_quickstart_overfit"}  # says the README
+    assert masking < seeing
+
+
 @pytest.fixture(scope="module")
 def settings(reference_dir):
     return json.loads((reference_dir / "ks_detr/training_settings.json").read_text())

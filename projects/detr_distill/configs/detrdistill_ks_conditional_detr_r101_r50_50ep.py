@@ -15,4 +15,5 @@ from .detrdistill_conditional_detr_r101_r50_50ep import (
 
 _encoder = model.student.transformer.encoder
 model.student.transformer.encoder = L(share_knowledge)(encoder=_encoder)
+model.student.transformer.decoder.mask_padding_in_training = True
 train.output_dir = "./output/detrdistill_ks_conditional_detr_r101_r50_50ep"

@@ -11,4 +11,5 @@ from ...baselines.configs.conditional_detr_quickstart import (
 )
 
 model.transformer.encoder = L(share_knowledge)(encoder=model.transformer.encoder)
+model.transformer.decoder.mask_padding_in_training = True
 train.output_dir = "./output/quickstart"

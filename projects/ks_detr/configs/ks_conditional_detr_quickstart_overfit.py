@@ -20,6 +20,7 @@ dataloader.test.batch_size = 8
 
 model.num_classes = 80
 model.num_queries = 60
+model.transformer.decoder.mask_padding_in_training = False  # as in the run of docs/real_images.md
 
 train.output_dir = "./output/quickstart_overfit"
 train.max_iter = 800
