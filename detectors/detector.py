@@ -167,6 +167,16 @@ class Detector(PaddingRules):
             (item["image"].to(self.device) - self.pixel_mean) / self.pixel_std
             for item in batched_inputs
         ]
+        return self._stacked(images)
+
+    def _stacked(self, images: list[Tensor]) -> ImageList:
+        """Images (3, H, W), padded where they must be."""
+        sizes = [(image.shape[-2], image.shape[-1]) for image in images]
+        divisor = max(self.size_divisibility, 1)
+        whole = [height % divisor == 0 and width % divisor == 0 for height, width in sizes]
+        if images and all(whole) and all(size == sizes[0] for size in sizes):
+            # detectron2 would pad by nothing, to a size that torch.export then takes for unknown
+            return ImageList(torch.stack(images).contiguous(), sizes)
         return ImageList.from_tensors(images, self.size_divisibility)
 
     def prepare_targets(self, batched_inputs: list[dict]) -> Targets:
@@ -226,10 +236,7 @@ class Detector(PaddingRules):
 
     def _levels_of_each(self, images: ImageList) -> tuple[tuple[Tensor, ...], list[Tensor]]:
         """The same, each image's as it is alone, then padded."""
-        singles = [
-            ImageList.from_tensors([images[row]], self.size_divisibility)
-            for row in range(len(images))
-        ]
+        singles = [self._stacked([images[row]]) for row in range(len(images))]
         alone = [self._levels(single, self._padding(single)) for single in singles]
         levels = zip(*(levels for levels, _ in alone), strict=True)
         masks = zip(*(masks for _, masks in alone), strict=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
+from detectron2.structures import ImageList
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -62,3 +63,19 @@ def test_each_image_has_the_result_that_it_has_alone(detectors, name, sizes):
             together.logits[:, row], alone.logits[:, 0], rtol=1e-4, atol=1e-4
         )
         torch.testing.assert_close(together.boxes[:, row], alone.boxes[:, 0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("divisor", [0, 32])
+@pytest.mark.parametrize(
+    "sizes", [[(64, 96)], [(64, 96)] * 2, [(60, 96)] * 2, [(64, 96), (96, 32)]]
+)
+def test_images_are_stacked_as_detectron2_does(detectors, monkeypatch, divisor, sizes):
+    model = detectors("conditional_detr")
+    monkeypatch.setattr(model, "size_divisibility", divisor)
+    images = [torch.rand(height, width, 3).permute(2, 0, 1) for height, width in sizes]
+    found = model.preprocess([{"image": image} for image in images])
+    normal = [(image - model.pixel_mean) / model.pixel_std for image in images]
+    expected = ImageList.from_tensors(normal, divisor)
+    assert torch.equal(found.tensor, expected.tensor)
+    assert found.tensor.is_contiguous()
+    assert found.image_sizes == expected.image_sizes == sizes
