@@ -4,7 +4,7 @@ import logging
 
 from detectron2.structures import BoxMode
 
-__all__ = ["drop_bad_boxes"]
+__all__ = ["drop_bad_boxes", "float_boxes"]
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,25 @@ def drop_bad_boxes(dataset: list[dict]) -> list[dict]:
             "dropped %d boxes of non-positive size and %d outside their image", empty, outside
         )
     return result
+
+
+def float_boxes(record: dict) -> dict:
+    """Return a dataset dict whose boxes are floats: the record itself if they already are.
+
+    A COCO file may state them in integers, in which detectron2's mapper would also transform them.
+    """
+    annotations = record.get("annotations", [])
+    changed = [_with_float_box(annotation) for annotation in annotations]
+    if all(new is old for new, old in zip(changed, annotations, strict=True)):
+        return record
+    return {**record, "annotations": changed}
+
+
+def _with_float_box(annotation: dict) -> dict:
+    box = annotation.get("bbox", ())
+    if all(isinstance(value, float) for value in box):
+        return annotation
+    return {**annotation, "bbox": [float(value) for value in box]}
 
 
 def _fault(annotation: dict, record: dict) -> str | None:

@@ -17,7 +17,7 @@ from detectron2.utils import comm
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from .boxes import drop_bad_boxes
+from .boxes import drop_bad_boxes, float_boxes
 from .errors import LocalError, UserError
 from .rng import seeded
 
@@ -189,7 +189,7 @@ class _SeededSamples(Dataset):
         position, index = key
         skipped: list[str] = []
         for candidate in self._candidates(index):
-            record = self._dataset[candidate]
+            record = float_boxes(self._dataset[candidate])
             try:
                 with seeded(self._seed, position):
                     sample = self._mapper(record)

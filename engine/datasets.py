@@ -10,6 +10,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import SizeMismatchError
 from omegaconf import DictConfig, ListConfig
 
+from .boxes import float_boxes
 from .data import is_decodable
 from .errors import LocalError, UserError, did_you_mean
 from .registration import register_shapes
@@ -84,14 +85,14 @@ def check_class_count(names: list[str], model: Any) -> None:
 
 
 class _Named:
-    """A mapper whose error names the image if that is at fault."""
+    """A mapper that gets boxes as floats and whose error names the image if that is at fault."""
 
     def __init__(self, mapper: Callable[[dict], Any]) -> None:
         self.mapper = mapper
 
     def __call__(self, record: dict) -> Any:
         try:
-            return self.mapper(record)
+            return self.mapper(float_boxes(record))
         except SizeMismatchError as error:
             reason = " ".join(str(error).split())
             raise LocalError(f"{record.get('file_name')}: {reason}") from error

@@ -1,5 +1,6 @@
 """The training stream: a function of the seed, cut and shared out."""
 
+import copy
 import itertools
 import random
 from pathlib import Path
@@ -7,12 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from detectron2.config import LazyCall, instantiate
+from detectron2.data import build_detection_test_loader
+from detectron2.data import transforms as T
+from detectron2.structures import BoxMode
 from detectron2.utils import comm
+from detrex.data import DetrDatasetMapper
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from engine.boxes import drop_bad_boxes
+from engine.boxes import drop_bad_boxes, float_boxes
 from engine.data import BatchStream, build_resumable_train_loader, is_decodable
+from engine.datasets import build_loader
 from engine.errors import UserError
 from engine.rng import get_rng_state, preserve_rng, seeded, set_rng_state
 
@@ -189,8 +197,6 @@ def test_is_decodable(image_records, tmp_path):
 
 
 def test_bad_boxes_are_dropped_and_counted(engine_log):
-    from detectron2.structures import BoxMode
-
     def annotation(*box):
         return {"bbox": list(box), "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0}
 
@@ -209,3 +215,48 @@ def test_bad_boxes_are_dropped_and_counted(engine_log):
     assert cleaned[1] == records[1]
     assert len(records[0]["annotations"]) == 9, "the data set itself must stay"
     assert "dropped 3 boxes of non-positive size and 3 outside their image" in engine_log.text
+
+
+def integer_boxes(folder):
+    """A dataset dict of two objects, the second one a crowd, as a COCO file may state them."""
+    Image.new("RGB", (60, 40)).save(folder / "image.png")
+    shared = {"bbox_mode": BoxMode.XYWH_ABS, "category_id": 0}
+    return {
+        "file_name": str(folder / "image.png"),
+        "width": 60,
+        "height": 40,
+        "annotations": [
+            {"bbox": [3, 5, 20, 10], "iscrowd": 0, **shared},
+            {"bbox": [0, 0, 9, 9], "iscrowd": 1, **shared},
+        ],
+    }
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_integer_boxes_are_transformed_as_floats(tmp_path, train):
+    record = integer_boxes(tmp_path)
+    before = copy.deepcopy(record)
+    mapper = LazyCall(DetrDatasetMapper)(
+        augmentation=[LazyCall(T.ResizeShortestEdge)(short_edge_length=60, max_size=100)],
+        augmentation_with_crop=None,
+        is_train=True,
+    )
+    if train:
+        loader = build_resumable_train_loader(
+            [record], mapper=instantiate(mapper), total_batch_size=1
+        )
+    else:
+        loader = build_loader(
+            LazyCall(build_detection_test_loader)(dataset=[record], mapper=mapper)
+        )
+    found = next(iter(loader))[0]["instances"]
+    assert found.image_size == (60, 90)
+    expected = torch.tensor([[4.5, 7.5, 34.5, 22.5]])
+    torch.testing.assert_close(found.gt_boxes.tensor, expected)
+    assert record == before, "the data set itself must stay"
+
+
+def test_records_of_float_boxes_are_not_copied(tmp_path):
+    record = float_boxes(integer_boxes(tmp_path))
+    assert float_boxes(record) is record
+    assert float_boxes(RECORDS[0]) is RECORDS[0]

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
-from detrex.data import DetrDatasetMapper
 from recorded_ks import CASES, RecordedModel
 from tiny_detectors import (
     ROOT,
@@ -128,24 +127,3 @@ def test_every_detector_has_branches_to_evaluate(name):
     assert not torch.equal(scores[2], scores[0])
     alone = model(batch())[0]["instances"].scores
     torch.testing.assert_close(scores[0], alone, rtol=1e-4, atol=1e-5)
-
-
-def test_the_mapper_transforms_integer_boxes(tmp_path):
-    from detectron2.data import transforms as T
-    from detectron2.structures import BoxMode
-    from PIL import Image
-
-    Image.new("RGB", (60, 40)).save(tmp_path / "image.png")
-    boxes = [([3, 5, 20, 10], 0), ([0, 0, 9, 9], 1)]
-    record = {
-        "file_name": str(tmp_path / "image.png"),
-        "annotations": [
-            {"bbox": box, "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0, "iscrowd": crowd}
-            for box, crowd in boxes
-        ],
-    }
-    mapper = DetrDatasetMapper([T.ResizeShortestEdge(60, 100)], None, is_train=True)
-    found = mapper(record)["instances"]
-    assert found.image_size == (60, 90)
-    expected = torch.tensor([[4.5, 7.5, 34.5, 22.5]])
-    torch.testing.assert_close(found.gt_boxes.tensor, expected)
