@@ -7,6 +7,7 @@ import detectron2
 import pytest
 import torch
 from detectron2.config import LazyCall, LazyConfig, instantiate
+from detectron2.modeling.backbone.resnet import BasicBlock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
@@ -109,7 +110,7 @@ def test_what_cannot_be_saved_is_said_clearly(tmp_path, caplog, value):
     [
         "a: !!python/object/apply:os.system ['touch {flag}']",
         "a: !!python/object/new:os.system ['touch {flag}']",
-        "a: !!python/name:os.system",
+        "a: !!python/object:os.system ['touch {flag}']",
         "a: [!!python/tuple [1, 2]]",
     ],
 )
@@ -120,6 +121,37 @@ def test_loading_runs_no_code(tmp_path, text):
         LazyConfig.load(str(tmp_path / "evil.yaml"))
     assert "\n" not in str(info.value)
     assert not flag.exists()
+
+
+# as in the config.yaml of a run on the real detectron2
+REAL = """
+model:
+- _target_: types.SimpleNamespace
+  block_class: &id001 !!python/name:detectron2.modeling.backbone.resnet.BasicBlock ''
+- _target_: types.SimpleNamespace
+  block_class: *id001
+  shapes:
+    res4: !!python/object:detectron2.layers.shape_spec.ShapeSpec {channels: 8, height: null, \
+stride: 16, width: null}
+"""
+
+
+def test_files_of_the_real_detectron2_are_read(tmp_path):
+    (tmp_path / "config.yaml").write_text(REAL)
+    first, second = instantiate(LazyConfig.load(str(tmp_path / "config.yaml")).model)
+    assert first.block_class is second.block_class is BasicBlock
+    shape = second.shapes["res4"]
+    assert (shape.channels, shape.stride) == (8, 16)
+
+
+@own_yaml
+def test_reading_names_imports_nothing(tmp_path):
+    (tmp_path / "config.yaml").write_text(
+        "a: !!python/name:no_such_module.f ''\nb: !!python/object:no_such_module.C {c: 1}\n"
+    )
+    loaded = LazyConfig.load(str(tmp_path / "config.yaml"))
+    assert loaded.a == {"_target_": "detectron2.utils.registry.locate", "name": "no_such_module.f"}
+    assert loaded.b == {"_target_": "no_such_module.C", "c": 1}
 
 
 def test_hand_written_yaml(tmp_path):

@@ -16,11 +16,11 @@ _LOCATE = f"{locate.__module__}.{locate.__qualname__}"
 
 
 def load(filename: str) -> DictConfig | ListConfig:
-    """Parse a yaml file; python tags and other custom tags are refused."""
+    """Parse a yaml file; tags are refused, except those by which detectron2 names what it calls."""
     with PathManager.open(filename, encoding="utf-8") as file:
         text = file.read()
     try:
-        data = yaml.safe_load(text)
+        data = yaml.load(text, Loader=_Loader)
     except yaml.constructor.ConstructorError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         raise ValueError(
@@ -44,6 +44,28 @@ def dump(cfg: Any) -> tuple[str, list[str]]:
         width=9999,
     )
     return text, unsaved
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads classes, functions and dataclasses, as detectron2 saves them, as calls yet to be made.
+
+    So nothing is imported before the config is instantiated.
+    """
+
+
+def _named(_loader: yaml.SafeLoader, name: str, _node: yaml.Node) -> dict[str, Any]:
+    return {"_target_": _LOCATE, "name": name}
+
+
+def _dataclass(loader: yaml.SafeLoader, name: str, node: yaml.Node) -> dict[str, Any]:
+    if not isinstance(node, yaml.MappingNode):
+        problem = f"{node.tag} has no fields"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+    return {"_target_": name, **loader.construct_mapping(node, deep=True)}
+
+
+_Loader.add_multi_constructor("tag:yaml.org,2002:python/name:", _named)
+_Loader.add_multi_constructor("tag:yaml.org,2002:python/object:", _dataclass)
 
 
 class _Remark(str):
