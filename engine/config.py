@@ -15,6 +15,7 @@ from yaml import YAMLError
 
 from .defaults import EVALUATION_DEFAULTS, TRAIN_DEFAULTS
 from .errors import UserError, did_you_mean
+from .yaml_tags import check_tags
 
 __all__ = ["apply_overrides", "load_config"]
 
@@ -31,6 +32,7 @@ def load_config(path: str, overrides: Iterable[str] = ()) -> DictConfig:
         raise UserError("no config given: use --config-file FILE")
     if not os.path.isfile(path):
         raise UserError(f"config file {path} not found")
+    check_tags(path)
     try:
         config = LazyConfig.load(path)
     except (SyntaxError, ImportError, OSError, ValueError, YAMLError) as error:

@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from engine.errors import UserError, exit_code_of
 from engine.registration import register_shapes
+from engine.yaml_tags import check_tags
 
 TRUTH, PREDICTION, CROWD = (70, 230, 90), (255, 90, 40), (150, 150, 150)
 TILE = 320
@@ -155,6 +156,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     register_shapes()
     if args.config_file:
+        check_tags(args.config_file)
         LazyConfig.load(args.config_file)
     try:
         results = find_results(args.output_dir)

@@ -4,12 +4,15 @@ from pathlib import Path
 
 import pytest
 from detectron2.config import LazyCall as L
-from detectron2.config import LazyConfig
-from omegaconf import OmegaConf
+from detectron2.config import LazyConfig, instantiate
+from detectron2.layers import ShapeSpec
+from omegaconf import DictConfig, OmegaConf
 
 from engine.config import apply_overrides, load_config
 from engine.defaults import TRAIN_DEFAULTS
 from engine.errors import UserError
+
+CONFIG = Path(__file__).with_name("tiny_config.py")
 
 
 def head(width, depth=2, *, activation="relu"):
@@ -197,3 +200,35 @@ def test_files_that_are_no_configs(tmp_path, name, content):
     with pytest.raises(UserError, match=f"config .*{name}") as caught:
         load_config(str(tmp_path / name))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "!!python/object/apply:os.mkdir ['{flag}']",
+        "!!python/object/new:os.mkdir ['{flag}']",
+        "!!python/object:os.mkdir {{}}",
+        "!!python/module:antigravity",
+        "[1, {{b: !<tag:yaml.org,2002:python/object/apply:os.mkdir> ['{flag}']}}]",
+        "1\n--- !!python/object/apply:os.mkdir ['{flag}']",
+        "!not_saved a Tensor",
+    ],
+)
+def test_a_yaml_that_calls_while_it_is_read_is_refused(tmp_path, value):
+    path, flag = tmp_path / "config.yaml", tmp_path / "made"
+    path.write_text("train: {}\na: " + value.format(flag=flag))
+    with pytest.raises(UserError, match=r"config\.yaml, line [23]: the tag !\S* is ref") as caught:
+        load_config(str(path))
+    assert "\n" not in str(caught.value)
+    assert not flag.exists()
+
+
+def test_a_saved_yaml_is_read(tmp_path):
+    config = load_config(str(CONFIG))
+    config.model.shape = ShapeSpec(channels=3)
+    config.model.function = Path
+    LazyConfig.save(config, str(tmp_path / "config.yaml"))
+    model = load_config(str(tmp_path / "config.yaml")).model
+    assert model.shape.channels == 3
+    found = model.function
+    assert (instantiate(found) if isinstance(found, DictConfig) else found) is Path
