@@ -1,7 +1,27 @@
-"""Input for detectors of full size with random weights."""
+"""Detectors of full size: how to build them without storage, and input for random weights."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from tiny_detectors import instances, pattern_image
+from torch.overrides import TorchFunctionMode
+
+
+class _SequencesOnCPU(TorchFunctionMode):
+    """The installed detectron2's Swin reads its rates of stochastic depth from a tensor."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = {"device": "cpu"} if func is torch.linspace else {}
+        return func(*args, **(kwargs or {}), **options)
+
+
+@contextmanager
+def without_storage() -> Iterator[None]:
+    """Modules made and run within have weights and results without values."""
+    with torch.device("meta"), _SequencesOnCPU():
+        yield
 
 
 def batch():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, instantiate
+from full_size import without_storage
 from tiny_detectors import ROOT, SETTINGS, build_conditional
 
 from detectors.conversion.convert import convert
@@ -44,7 +45,7 @@ class Release:
             options = {} if self.branches is None else {"branches": self.branches}
             encoder = node.transformer.encoder
             node.transformer.encoder = L(share_knowledge)(encoder=encoder, **options)
-        with torch.device("meta"):
+        with without_storage():
             return instantiate(node)
 
     def weights(self):

@@ -5,8 +5,8 @@ import json
 import re
 
 import pytest
-import torch
 from detectron2.config import LazyConfig, instantiate
+from full_size import without_storage
 from omegaconf import OmegaConf
 from tiny_detectors import ROOT
 
@@ -54,7 +54,7 @@ def load(name):
 
 @functools.cache
 def build(name):
-    with torch.device("meta"):
+    with without_storage():
         return instantiate(load(name).model)
 
 
