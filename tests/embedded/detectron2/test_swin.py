@@ -333,7 +333,7 @@ def test_lower_precision():
     assert (output - expected).abs().mean() < 0.05 * expected.abs().mean()
 
 
-@embedded_only  # the real one masks in float32
+@embedded_only  # the real one mixes it with float32
 def test_weights_of_lower_precision():
     features = small_swin().bfloat16()(images().bfloat16())
     assert features["p1"].dtype == torch.bfloat16
