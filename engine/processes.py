@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +19,8 @@ from .errors import UserError, exit_now
 __all__ = ["run_in_processes", "started_by_torchrun"]
 
 logger = logging.getLogger(__name__)
+
+_PATIENCE = 5  # seconds
 
 
 def run_in_processes(work: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
@@ -76,7 +79,12 @@ def _run_launched(work: Callable, args: argparse.Namespace) -> int:
 
 def _exit_with_code(work: Callable, args: argparse.Namespace) -> None:
     os.environ["LOCAL_RANK"] = str(comm.get_local_rank())
-    code = work(args)
+    try:
+        code = work(args)
+    except RuntimeError as error:
+        if " by peer" in str(error):  # the connection was closed, or reset
+            time.sleep(_PATIENCE)  # the process at its other end is the one that knows why
+        raise
     if code:
         exit_now(code)  # the process group's threads may abort a process that ends in order
 

@@ -55,7 +55,7 @@ def _train_one_rank(folder, steps):
 def _fail_in_rank_1():
     if comm.get_rank() == 1:
         raise ValueError("rank one is broken")
-    comm.synchronize()  # waits in vain
+    time.sleep(600)
 
 
 def _read(folder, size, rank):
@@ -78,19 +78,11 @@ def test_two_gloo_processes_train_like_one(tmp_path):
     assert second["metrics"] == ["rank_data_time"]
 
 
-def _fail_late_in_rank_1():
-    if comm.get_rank() == 0:
-        raise RuntimeError("Connection closed by peer [127.0.0.1]")
-    time.sleep(1)
-    raise ValueError("rank one is broken")
-
-
-@pytest.mark.parametrize("function", [_fail_in_rank_1, _fail_late_in_rank_1])
-def test_a_failed_process_fails_the_parent_with_its_error(function):
+def test_a_failed_process_fails_the_parent_with_its_error():
     start = time.monotonic()
     with pytest.raises(ProcessRaisedException, match="rank one is broken"):
-        launch(function, 2, dist_url="auto")
-    assert time.monotonic() - start < 300  # far below the 30 minutes that a process waits
+        launch(_fail_in_rank_1, 2, dist_url="auto")
+    assert time.monotonic() - start < 300  # the other one is not waited for
 
 
 def test_a_single_process_runs_inline():

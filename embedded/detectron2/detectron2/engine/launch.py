@@ -1,7 +1,6 @@
 """Start a program in several processes that can talk to each other."""
 
 import socket
-import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -15,7 +14,6 @@ from detectron2.utils import comm
 __all__ = ["DEFAULT_TIMEOUT", "launch"]
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
-_PATIENCE = 5  # seconds
 
 
 def launch(
@@ -98,11 +96,6 @@ def _run_process(
     comm.create_local_process_group(local_size)
     # Without a first meeting, processes that set up for long could exceed the timeout.
     comm.synchronize()
-    try:
-        main_func(*args)
-    except RuntimeError as error:
-        if "onnection closed by peer" in str(error):
-            time.sleep(_PATIENCE)  # the process that closed it is the one that knows why
-        raise
+    main_func(*args)
     # Only after success: it waits for the others, who wait in vain for a failed process.
     dist.destroy_process_group()
