@@ -284,3 +284,31 @@ def test_two_processes_evaluate_together(tmp_path):
 
 def test_never_seen_class_is_nan(records):
     assert math.isnan(evaluate(records, DETECTIONS)["bbox"]["AP-never"])
+
+
+@embedded_only
+@pytest.mark.parametrize("kind", ["images", "categories"])
+def test_ids_that_are_texts(tmp_path, kind):
+    own = json.loads(GROUND_TRUTH.read_text())
+    key = {"images": "image_id", "categories": "category_id"}[kind]
+    found = [{**detection, key: f"{detection[key]:09d}"} for detection in DETECTIONS]
+    for entry in own[kind]:
+        entry["id"] = f"{entry['id']:09d}"
+    for entry in own["annotations"]:
+        entry[key] = f"{entry[key]:09d}"
+    path, name = tmp_path / "texts.json", f"{NAME}_texts"
+    path.write_text(json.dumps(own))
+    register_coco_instances(name, {}, str(path), "images")
+    try:
+        texts = evaluate(DatasetCatalog.get(name), found, name=name)
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    numbers = evaluate(DatasetCatalog.get(NAME), DETECTIONS)
+    assert texts["bbox"] == pytest.approx(numbers["bbox"], nan_ok=True)
+
+
+@embedded_only
+def test_a_number_of_detections_that_is_none():
+    with pytest.raises(ValueError, match="max_dets_per_image is 'abc', expected an integer"):
+        COCOEvaluator(NAME, max_dets_per_image="abc")

@@ -166,3 +166,13 @@ def test_broken_yaml_is_one_line(tmp_path):
     with pytest.raises(ValueError, match=r"c\.yaml") as info:
         LazyConfig.load(str(tmp_path / "c.yaml"))
     assert "\n" not in str(info.value)
+
+
+def test_a_file_is_saved_whole_or_stays(tmp_path, monkeypatch):
+    path = tmp_path / "config.yaml"
+    LazyConfig.save({"a": 1}, str(path))
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        LazyConfig.save({"a": 2}, str(path))
+    assert LazyConfig.load(str(path)) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]

@@ -210,3 +210,11 @@ def test_dataset_mapper(image_file):
 def test_dataset_mapper_refuses_masks():
     with pytest.raises(NotImplementedError, match="masks"):
         mapper(True, use_instance_mask=True)
+
+
+def test_an_image_of_one_pixel_can_be_flipped(tmp_path):
+    Image.new("RGB", (1, 1), (10, 20, 30)).save(tmp_path / "pixel.png")
+    flip = T.RandomFlip(prob=1.0)
+    mapper = DatasetMapper(is_train=True, augmentations=[flip], image_format="RGB")
+    sample = mapper({"file_name": str(tmp_path / "pixel.png"), "annotations": []})
+    assert sample["image"].flatten().tolist() == [10, 20, 30]

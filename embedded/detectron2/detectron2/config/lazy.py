@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ValidationError
 
 from detectron2.config import _python_file, _text, _yaml_file
-from detectron2.utils.file_io import PathManager
+from detectron2.utils._whole_file import whole_file
 from detectron2.utils.registry import _convert_target_to_string
 
 __all__ = ["LazyCall", "LazyConfig"]
@@ -81,7 +81,7 @@ class LazyConfig:
         tensor) is written as a readable remark, with a warning: such a file cannot be loaded.
         """
         text, unsaved = _yaml_file.dump(cfg)
-        with PathManager.open(filename, "w", encoding="utf-8") as file:
+        with whole_file(filename, "w", encoding="utf-8") as file:
             file.write(text)
         if unsaved:
             logging.getLogger(__name__).warning(

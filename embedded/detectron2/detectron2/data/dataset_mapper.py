@@ -67,7 +67,8 @@ class DatasetMapper:
         aug_input = T.AugInput(image)
         transforms = self.augmentations(aug_input)
         image = aug_input.image
-        record["image"] = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        # a copy: torch takes no negative strides, as a flipped image of one pixel keeps them
+        record["image"] = torch.as_tensor(image.transpose(2, 0, 1).copy())
         annotations = record.pop("annotations", None)
         if self.is_train and annotations is not None:
             record["instances"] = _instances(annotations, transforms, image.shape[:2])

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -70,12 +71,14 @@ class COCOEvaluator(DatasetEvaluator):
                 COCO's format, as coco_instances_results.json.
             max_dets_per_image: detections per image that count, those with the highest scores; 100
                 if None, and at least 10.
-            use_fast_impl: compute the same in C++, some ten times as fast as pycocotools.
+            use_fast_impl: compute the same in C++, some ten times as fast as pycocotools, if all
+                ids of images and categories are numbers.
             kpt_oks_sigmas: must stay empty, keypoints are not supported.
             allow_cached_coco: use the converted file of an earlier evaluation.
 
         Raises:
-            ValueError: if the data set must be converted and there is no ``output_dir``.
+            ValueError: if the data set must be converted and there is no ``output_dir``, or
+                ``max_dets_per_image`` is no whole number.
         """
         unsupported = set(tasks or ()) - {"bbox"}
         if unsupported or kpt_oks_sigmas:
@@ -86,7 +89,8 @@ class COCOEvaluator(DatasetEvaluator):
         self._logger = logging.getLogger(__name__)
         self._distributed = distributed
         self._output_dir = output_dir
-        self._evaluation_class = COCOeval_faster if use_fast_impl else COCOeval
+        if not isinstance(max_dets_per_image, int | None):
+            raise ValueError(f"max_dets_per_image is {max_dets_per_image!r}, expected an integer")
         # pycocotools sorts these and takes the third for AP, so less than 10 acts like 10.
         self._max_dets = [1, 10, 100 if max_dets_per_image is None else max_dets_per_image]
         self._metadata = MetadataCatalog.get(dataset_name)
@@ -94,6 +98,10 @@ class COCOEvaluator(DatasetEvaluator):
             self._convert(dataset_name, allow_cached_coco)
         with contextlib.redirect_stdout(io.StringIO()):
             self._coco_api = COCO(PathManager.get_local_path(self._metadata.json_file))
+        # The C++ implementation knows numbers only; an id may also be a text.
+        ids = itertools.chain(self._coco_api.getImgIds(), self._coco_api.getCatIds())
+        fast = use_fast_impl and all(isinstance(each, Real) for each in ids)
+        self._evaluation_class = COCOeval_faster if fast else COCOeval
         self._predictions: list[dict] = []
 
     def _convert(self, dataset_name: str, allow_cached: bool) -> None:
