@@ -3,6 +3,7 @@
 import difflib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
@@ -15,6 +16,11 @@ __all__ = [
     "exit_code_of",
     "exit_now",
 ]
+
+
+PATIENCE = 5.0
+"""Seconds that a process stays which leaves an error to another one to print: a launcher ends all
+processes at the first that leaves."""
 
 
 class UserError(Exception):
@@ -57,6 +63,8 @@ def exit_code_of(run: Callable[[], object], *, traceback: bool = False) -> int:
         main = os.environ.get("LOCAL_RANK", "0") == "0"
         if main or isinstance(error, LocalError):  # what all meet, once per machine
             print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(PATIENCE)
         return 2
     except Interrupted as stop:
         return 128 + stop.signum

@@ -5,22 +5,24 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
+from multiprocessing import resource_tracker
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from detectron2.engine import launch
 from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException
 
-from .errors import UserError, exit_now
+from .errors import PATIENCE, UserError, exit_now
 
 __all__ = ["run_in_processes", "started_by_torchrun"]
 
 logger = logging.getLogger(__name__)
-
-_PATIENCE = 5  # seconds
 
 
 def run_in_processes(work: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
@@ -61,20 +63,41 @@ def _run_under_torchrun(work: Callable, args: argparse.Namespace) -> int:
 
 def _run_launched(work: Callable, args: argparse.Namespace) -> int:
     check_gpu_count(args.num_gpus)
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, _pass_on)
-    try:
-        launch(
-            _exit_with_code,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(work, args),
-        )
-    except ProcessExitedException as ended:  # the process itself has said why
-        return ended.exit_code if ended.exit_code > 0 else 128 - ended.exit_code
+    check_meeting(args)
+    with _Signals() as signals:
+        try:
+            launch(
+                _exit_with_code,
+                args.num_gpus,
+                num_machines=args.num_machines,
+                machine_rank=args.machine_rank,
+                dist_url=args.dist_url,
+                args=(work, args),
+            )
+        except ProcessExitedException as ended:
+            return signals.code_of(ended)
     return 0
+
+
+def check_meeting(args: argparse.Namespace) -> None:
+    """Stop if the processes cannot meet where ``--dist-url`` says."""
+    url, machines = args.dist_url, args.num_machines
+    if not 0 <= args.machine_rank < machines:
+        raise UserError(f"--machine-rank is {args.machine_rank}, expected 0 to {machines - 1}")
+    if url == "auto":
+        if machines > 1:
+            raise UserError(
+                f"--dist-url is auto with {machines} machines, expected the first one's "
+                "tcp://HOST:PORT"
+            )
+        return
+    try:
+        parts = urlsplit(url)
+        complete = parts.scheme != "tcp" or (parts.hostname and parts.port)
+    except ValueError:  # the port is not a number, or out of range
+        complete = False
+    if not complete or parts.scheme not in ("tcp", "file", "env"):
+        raise UserError(f"--dist-url is '{url}', expected auto or tcp://HOST:PORT")
 
 
 def _exit_with_code(work: Callable, args: argparse.Namespace) -> None:
@@ -83,13 +106,56 @@ def _exit_with_code(work: Callable, args: argparse.Namespace) -> None:
         code = work(args)
     except RuntimeError as error:
         if " by peer" in str(error):  # the connection was closed, or reset
-            time.sleep(_PATIENCE)  # the process at its other end is the one that knows why
+            time.sleep(PATIENCE)  # the process at its other end is the one that knows why
         raise
     if code:
         exit_now(code)  # the process group's threads may abort a process that ends in order
 
 
-def _pass_on(signum: int, _frame: Any) -> None:
-    for child in multiprocessing.active_children():
-        if child.pid is not None:
-            os.kill(child.pid, signum)
+class _Signals:
+    """Passes signals on to the processes started within the ``with`` block.
+
+    A terminal sends Ctrl-C to all processes. One that is still starting would print a traceback, so
+    they are started with SIGINT blocked, and SIGTERM is passed on for it.
+    """
+
+    def __init__(self) -> None:
+        self._received = 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._wait, daemon=True)
+
+    def __enter__(self) -> "_Signals":
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, self._pass_on)
+        resource_tracker.ensure_running()  # which unblocks SIGINT when it starts
+        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+
+    def code_of(self, ended: ProcessExitedException) -> int:
+        """Return the run's exit code after a process ended; tell of a violent end unless asked."""
+        code = ended.exit_code if ended.exit_code > 0 else 128 - ended.exit_code
+        if self._received:
+            by_signal = code in (128 + signal.SIGTERM, 128 + signal.SIGINT)
+            return 128 + self._received if by_signal else code
+        if ended.exit_code < 0:  # otherwise the process itself has said why
+            name = signal.Signals(-ended.exit_code).name
+            print(f"error: process {ended.error_index} was ended by {name}", file=sys.stderr)
+        return code
+
+    def _wait(self) -> None:
+        """Take the SIGINTs that are blocked."""
+        while not self._over.is_set():
+            if signal.sigtimedwait({signal.SIGINT}, 0.2):
+                self._pass_on(signal.SIGINT, None)
+
+    def _pass_on(self, signum: int, _frame: Any) -> None:
+        self._received = self._received or signum
+        for child in multiprocessing.active_children():
+            if child.pid is not None:
+                os.kill(child.pid, signal.SIGTERM)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_run import metrics, run_tiny
 
-from engine import checkpoint
+from engine import checkpoint, errors
 from engine.errors import exit_code_of
 
 STEADY = ("model.dropout=0.0", "train.max_iter=8", "train.eval_period=4")
@@ -18,6 +18,7 @@ STEADY = ("model.dropout=0.0", "train.max_iter=8", "train.eval_period=4")
 
 def _rank(rank, port, output, overrides, resume):
     os.environ["LOCAL_RANK"] = str(rank)
+    errors.PATIENCE = 0.0  # there is no launcher that would end one for another
     torch.distributed.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
     )
