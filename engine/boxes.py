@@ -1,10 +1,14 @@
 """Annotations that cannot be trained on."""
 
 import logging
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any
 
+import numpy as np
 from detectron2.structures import BoxMode
 
-__all__ = ["drop_bad_boxes", "float_boxes"]
+__all__ = ["drop_bad_boxes", "float_boxes", "is_box"]
 
 logger = logging.getLogger(__name__)
 
@@ -14,6 +18,9 @@ def drop_bad_boxes(dataset: list[dict]) -> list[dict]:
 
     Dropped are boxes of non-positive width or height and boxes wholly outside their image, the same
     that detectron2's mapper drops after its transforms. Images stay, even when left without a box.
+
+    Raises:
+        ValueError: an annotation's bbox is missing or not of four numbers; names the image.
     """
     empty = outside = 0
     result = []
@@ -47,17 +54,27 @@ def float_boxes(record: dict) -> dict:
 
 
 def _with_float_box(annotation: dict) -> dict:
-    box = annotation.get("bbox", ())
-    if all(isinstance(value, float) for value in box):
+    box = annotation.get("bbox")
+    if not is_box(box) or all(isinstance(number, float) for number in box):
         return annotation
-    return {**annotation, "bbox": [float(value) for value in box]}
+    return {**annotation, "bbox": [float(number) for number in box]}
+
+
+def is_box(bbox: Any) -> bool:
+    """Whether an annotation's box is of four numbers."""
+    if not isinstance(bbox, Sequence | np.ndarray) or len(bbox) != 4:
+        return False
+    return all(isinstance(number, Real) for number in bbox)
 
 
 def _fault(annotation: dict, record: dict) -> str | None:
-    if "bbox" not in annotation:
-        return None
+    bbox = annotation.get("bbox")
+    if bbox is None and annotation.get("iscrowd"):
+        return None  # which is not trained on
+    if bbox is None or not is_box(bbox):
+        raise ValueError(f"{record.get('file_name')}: a bbox is {bbox!r}, expected 4 numbers")
     mode = annotation.get("bbox_mode", BoxMode.XYWH_ABS)
-    x0, y0, x1, y1 = BoxMode.convert(list(annotation["bbox"]), mode, BoxMode.XYXY_ABS)
+    x0, y0, x1, y1 = BoxMode.convert(list(bbox), mode, BoxMode.XYXY_ABS)
     if not (x1 > x0 and y1 > y0):
         return "empty"
     if "width" not in record or "height" not in record:

@@ -6,22 +6,31 @@ import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from .compatibility import check_compatible
 from .errors import LocalError, UserError
 from .rng import get_rng_state
 
-__all__ = ["AtomicCheckpointer", "newest_checkpoint", "stored_best", "write_atomically"]
+__all__ = [
+    "AtomicCheckpointer",
+    "newest_checkpoint",
+    "require_readable",
+    "stored_best",
+    "stored_entry",
+    "write_atomically",
+]
 
 logger = logging.getLogger(__name__)
 
 _POINTER = "last_checkpoint"
+_T = TypeVar("_T")
 
 
 class AtomicCheckpointer(DetectionCheckpointer):
@@ -86,7 +95,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         """
         self._path = path
         if path:
-            _require_readable(path)
+            require_readable(path)
         try:
             return super().load(path, *args, **kwargs)
         except (KeyError, RuntimeError, ValueError) as error:
@@ -100,7 +109,8 @@ class AtomicCheckpointer(DetectionCheckpointer):
             raise
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"cannot read checkpoint {self._path}: {reason}") from error
+            which = f"checkpoint {self._path}: "
+            raise UserError(f"cannot read {which}{reason.removeprefix(which)}") from error
         if not isinstance(loaded, dict) or not isinstance(loaded.get("model"), dict):
             raise UserError(f"{self._path} is not a checkpoint: it holds no dict of weights")
         return loaded
@@ -151,8 +161,15 @@ def stored_best(folder: str) -> float:
     path = Path(folder, "model_best.pth")
     if not path.is_file() or find_damage(path):
         return -math.inf
+    best = stored_entry(path, "best", float)
+    return -math.inf if best is None else best
+
+
+def stored_entry(path: str | Path, key: str, kind: type[_T]) -> _T | None:
+    """Return an entry of a checkpoint; None if it has none of that type."""
     stored = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    return stored.get("best", -math.inf)
+    value = stored.get(key) if isinstance(stored, dict) else None
+    return value if isinstance(value, kind) else None
 
 
 def save_atomically(data: Any, path: Path) -> None:
@@ -187,9 +204,18 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _require_readable(path: str) -> None:
+def require_readable(path: str | None) -> None:
+    """Stop if a checkpoint that is named is not there, an URL's local copy included."""
+    if not path:
+        return
+    if not isinstance(path, str):
+        raise UserError(f"train.init_checkpoint is {path}, expected a path")
     local = path.partition("?")[0]
-    if "://" not in local and not os.path.isfile(local):
+    try:
+        found = os.path.isfile(PathManager.get_local_path(local))
+    except Exception as error:  # iopath's handlers raise many types
+        raise UserError(f"checkpoint {str(error).strip().splitlines()[0]}") from error
+    if not found:
         raise UserError(f"checkpoint {local} not found")
 
 
@@ -205,6 +231,6 @@ def _resumable(folder: str) -> list[Path]:
     files.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
     pointer = Path(folder, _POINTER)
     if pointer.is_file():
-        named = Path(folder, pointer.read_text().strip())
+        named = Path(folder, pointer.read_bytes().decode(errors="replace").strip())
         files = ([named] if named.is_file() else []) + [path for path in files if path != named]
     return files

@@ -5,6 +5,7 @@ import math
 import os
 import pydoc
 import re
+import traceback
 from collections.abc import Iterable
 from typing import Any
 
@@ -35,19 +36,46 @@ def load_config(path: str, overrides: Iterable[str] = ()) -> DictConfig:
     check_tags(path)
     try:
         config = LazyConfig.load(path)
-    except (SyntaxError, ImportError, OSError, ValueError, YAMLError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"cannot load config {path}: {reason}") from error
-    if not isinstance(config, DictConfig):
+    except Exception as error:  # a config file is a program: it may raise anything
+        raise UserError(f"cannot load config {path}: {_reason(error, path)}") from error
+    if not isinstance(config, DictConfig) or not config:
         raise UserError(f"config {path} holds no settings, expected {', '.join(_REQUIRED)}")
-    absent = [key for key in _REQUIRED if key not in config]
-    if absent:
-        raise UserError(f"config {path} has no '{absent[0]}', expected {', '.join(_REQUIRED)}")
+    _require_nodes(config, f"config {path}")
     config.train = OmegaConf.merge(OmegaConf.create(TRAIN_DEFAULTS), config.train)
     config.evaluation = OmegaConf.merge(
         OmegaConf.create(EVALUATION_DEFAULTS), config.get("evaluation", {})
     )
-    return apply_overrides(config, overrides)
+    apply_overrides(config, overrides)
+    _require_nodes(config, "with these overrides the config")
+    return config
+
+
+def _reason(error: Exception, path: str) -> str:
+    """Say in one line where in which config file an error arose, and what it is."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    if isinstance(error, SyntaxError | OSError | YAMLError) or not error.__traceback__:
+        return first or type(error).__name__
+    frames = [
+        (frame.f_code.co_filename, line)
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if str(frame.f_globals.get("__name__")).startswith("detectron2._cfg_loader")
+    ]
+    text = f"{type(error).__name__}: {first}" if first else type(error).__name__
+    if not frames:
+        return first or text
+    file, line = frames[-1]
+    return f"{'' if file == path else f'{file}, '}line {line}: {text}"
+
+
+def _require_nodes(config: DictConfig, whose: str) -> None:
+    """Stop if a node that every run needs is missing, null or a plain value."""
+    for key in _REQUIRED:
+        expected = f"expected {', '.join(_REQUIRED)}"
+        node = _get(config, key) if key in config else None
+        if node is None:
+            raise UserError(f"{whose} has no '{key}', {expected}")
+        if not isinstance(node, DictConfig):
+            raise UserError(f"{whose} has the value {node!r} as '{key}', {expected}")
 
 
 def apply_overrides(config: DictConfig, overrides: Iterable[str]) -> DictConfig:
@@ -85,7 +113,10 @@ def _parse(overrides: list[str]) -> list[Any]:
         try:
             key, equals, value = text.partition("=")
             key = re.sub(r"\[(\d+)\]", r".\1", key)  # Hydra knows list items as a.0 only
-            parsed.append(OverridesParser.create().parse_override(key + equals + value))
+            override = OverridesParser.create().parse_override(key + equals + value)
+            if not override.key_or_group:
+                raise HydraException("the key is empty")
+            parsed.append(override)
         except HydraException as error:
             hint = "expected key=value, +key=value or ~key"
             if text.startswith("-"):
@@ -93,6 +124,9 @@ def _parse(overrides: list[str]) -> list[Any]:
             raise UserError(f"cannot read the override '{text}': {hint}") from error
     return parsed
 
+
+_MAY_BE_NULL = {"train.checkpointer.max_to_keep"}
+"""Numbers whose absence means something."""
 
 _NEW = object()
 """Stands for the value of a key that the config lacks but may have."""
@@ -166,7 +200,7 @@ def _suggestion(config: DictConfig, node: DictConfig, where: str, part: str, key
     prefix = f"{where}." if where else ""
     if prefix + part == key and did_you_mean(part, siblings):
         return did_you_mean(key, [prefix + name for name in siblings])
-    paths = list(_paths(config))
+    paths = [path for path in _paths(config) if not key.startswith(f"{path}.")]
     leaf = key.rpartition(".")[2]
     same_leaf = [path for path in paths if path.rpartition(".")[2] == leaf]
     return did_you_mean(key, same_leaf) or did_you_mean(key, paths)
@@ -194,7 +228,7 @@ def _checked(key: str, old: Any, new: Any, *, in_call: bool) -> Any:
     """Return ``new``, converted if need be; raise if it cannot take the place of ``old``."""
     if old is None or old is _NEW or (isinstance(new, str) and "${" in new):
         return new
-    if new is None and (in_call or not isinstance(old, bool | int | float)):
+    if new is None and (in_call or key in _MAY_BE_NULL or not isinstance(old, bool | int | float)):
         return new
     if isinstance(old, bool):
         fits = isinstance(new, bool)

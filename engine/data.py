@@ -21,7 +21,7 @@ from .boxes import drop_bad_boxes, float_boxes
 from .errors import LocalError, UserError
 from .rng import seeded
 
-__all__ = ["BatchStream", "ResumableTrainLoader", "build_resumable_train_loader", "is_decodable"]
+__all__ = ["BatchStream", "ResumableTrainLoader", "build_resumable_train_loader", "image_fault"]
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,10 @@ def build_resumable_train_loader(
             f"total_batch_size is {total_batch_size}, expected a positive multiple of the "
             f"{world} processes"
         )
+    if not callable(mapper):
+        raise UserError(f"the training data's mapper is {mapper}, expected a callable")
+    if not isinstance(num_workers, int) or num_workers < 0:
+        raise UserError(f"num_workers is {num_workers}, expected a whole number from 0")
     if len(dataset) == 0:
         raise UserError("the training data set holds no image")
     if seed is None or seed < 0:
@@ -155,10 +159,10 @@ class ResumableTrainLoader:
             yield batch[first : first + size]
 
     def _warn(self, skipped: list[str]) -> None:
-        for name in skipped:
-            if name not in self._warned:
-                self._warned.add(name)
-                logger.warning("cannot decode image %s: skipped, another takes its place", name)
+        for fault in skipped:
+            if fault not in self._warned:
+                self._warned.add(fault)
+                logger.warning("%s: skipped, another takes its place", fault)
 
 
 class _Restartable:
@@ -172,7 +176,7 @@ class _Restartable:
 
 
 class _SeededSamples(Dataset):
-    """Maps (position, index) to (sample, names of the undecodable files met on the way)."""
+    """Maps (position, index) to (sample, faults of the images met on the way)."""
 
     def __init__(
         self, dataset: Any, mapper: Callable[[dict], Any], groups: Sequence[int], seed: int
@@ -194,13 +198,15 @@ class _SeededSamples(Dataset):
                 with seeded(self._seed, position):
                     sample = self._mapper(record)
             except Exception:
-                if is_decodable(record.get("file_name")):
+                fault = image_fault(record.get("file_name"))
+                if not fault:
                     raise  # the image is fine: the fault lies elsewhere
-                skipped.append(record["file_name"])
+                skipped.append(fault)
                 continue
             if sample is not None:
                 return sample, skipped
-        raise LocalError(f"no image can be used; the first one tried was {skipped[:1] or index}")
+        first = skipped[0] if skipped else f"the mapper made nothing of image {index}"
+        raise LocalError(f"no image can be used: {first}")
 
     def _candidates(self, index: int) -> Iterator[int]:
         """The index itself, then those after it in the same group, so that batches stay uniform."""
@@ -211,20 +217,22 @@ class _SeededSamples(Dataset):
                 yield candidate
 
 
-def is_decodable(file_name: str | None) -> bool:
-    """Whether the file holds a complete image; True without a file name."""
+def image_fault(file_name: str | None) -> str:
+    """Return why the file is no complete image; an empty string if it is, or without a name."""
     if file_name is None:
-        return True
+        return ""
     try:
         with Image.open(file_name) as image:
             image.load()
+    except FileNotFoundError:
+        return f"image {file_name} not found"
     except Exception:  # Pillow raises many types on broken files
-        return False
-    return True
+        return f"cannot decode image {file_name}"
+    return ""
 
 
 def _unzip(pairs: list[tuple[Any, list[str]]]) -> tuple[list[Any], list[str]]:
-    return [sample for sample, _ in pairs], [name for _, names in pairs for name in names]
+    return [sample for sample, _ in pairs], [fault for _, faults in pairs for fault in faults]
 
 
 def _leave_signals_to_parent(_worker: int) -> None:

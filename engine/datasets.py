@@ -1,6 +1,5 @@
 """Are the data sets that a config names there, and do they fit the model?"""
 
-import json
 import os
 from collections.abc import Callable
 from typing import Any
@@ -10,8 +9,10 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import SizeMismatchError
 from omegaconf import DictConfig, ListConfig
 
+from .annotations import explain_fault
 from .boxes import float_boxes
-from .data import is_decodable
+from .building import FAULTS, build, reason_of
+from .data import image_fault
 from .errors import LocalError, UserError, did_you_mean
 from .registration import register_shapes
 
@@ -55,29 +56,33 @@ def build_loader(node: DictConfig) -> Any:
     check_datasets(names)
     mapper = node.get("mapper")
     if mapper is not None:
-        node.mapper = _Named(instantiate(mapper))
+        node.mapper = _Named(build("a data set's mapper", mapper))
     try:
         return instantiate(node)
-    except (KeyError, ValueError, AssertionError) as error:
+    except UserError:
+        raise
+    except FAULTS as error:
         for name in names:
-            _explain(name)
-        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-        raise UserError(
-            f"cannot load data set {', '.join(names)}: {type(error).__name__}: {reason}"
-        ) from error
+            explain_fault(MetadataCatalog.get(name).get("json_file", None))
+        what = f"data set {', '.join(names)}" if names else "the data"
+        raise UserError(f"cannot load {what}: {reason_of(error)}") from error
     finally:
         if mapper is not None:
             node.mapper = mapper
 
 
-def check_class_count(names: list[str], model: Any) -> None:
-    """Stop if a data set has more classes than the model's ``num_classes``, where it has one."""
+def check_class_count(names: list[str], model: Any, *, exactly: bool = False) -> None:
+    """Stop if a data set has more classes than the model's ``num_classes``, where it has one.
+
+    With ``exactly`` also if it has fewer: a detection of a class that it lacks has no place in its
+    evaluation.
+    """
     possible = getattr(model, "num_classes", None)
     if not isinstance(possible, int):
         return
     for name in names:
         found = len(MetadataCatalog.get(name).get("thing_classes", None) or [])
-        if found > possible:
+        if found > possible or (exactly and 0 < found < possible):
             raise UserError(
                 f"data set '{name}' has {found} classes, the model {possible}: "
                 "set the model's num_classes"
@@ -97,33 +102,7 @@ class _Named:
             reason = " ".join(str(error).split())
             raise LocalError(f"{record.get('file_name')}: {reason}") from error
         except Exception as error:
-            if is_decodable(record.get("file_name")):
+            fault = image_fault(record.get("file_name"))
+            if not fault:
                 raise
-            raise LocalError(f"cannot decode image {record['file_name']}") from error
-
-
-def _explain(name: str) -> None:
-    """Raise a UserError if the annotation file is why a data set could not be loaded."""
-    path = MetadataCatalog.get(name).get("json_file", None)
-    if path is None:
-        return
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-        images = {image["id"] for image in content["images"]}
-        categories = {category["id"] for category in content["categories"]}
-        annotations = content["annotations"]
-    except (ValueError, KeyError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} is not a COCO annotation file: {reason}") from error
-    if not images or not categories:
-        raise UserError(f"{path} lists {len(images)} images and {len(categories)} categories")
-    for annotation in annotations:
-        which = f"{path}: annotation {annotation.get('id')}"
-        if annotation.get("category_id") not in categories:
-            raise UserError(
-                f"{which} has category_id {annotation.get('category_id')}, "
-                "which is not listed in 'categories'"
-            )
-        if len(annotation.get("bbox", [0] * 4)) != 4:
-            raise UserError(f"{which} has a bbox of {len(annotation['bbox'])} numbers, expected 4")
+            raise LocalError(fault) from error

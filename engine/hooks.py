@@ -17,7 +17,7 @@ from detectron2.utils.events import EventWriter
 
 from .checkpoint import AtomicCheckpointer, stored_best, write_atomically
 from .ema import ModelEma
-from .errors import exit_now
+from .errors import did_you_mean, exit_now
 from .rng import preserve_rng, set_rng_state
 from .trainer import DistillationTrainer
 
@@ -112,6 +112,7 @@ class EvaluationHook(HookBase):
         self._checkpointer = checkpointer
         self._metric = best_metric
         self._best = -math.inf
+        self._warned = False
         self.redo = False
 
     def before_train(self) -> None:
@@ -152,6 +153,14 @@ class EvaluationHook(HookBase):
 
     def _keep_best(self, values: dict[str, float], iteration: int) -> None:
         value = values.get(self._metric, math.nan)
+        if self._metric and values and self._metric not in values and not self._warned:
+            self._warned = True
+            hint = did_you_mean(self._metric, values)
+            logger.warning(
+                "train.best_metric '%s' is not among the results%s: no model_best.pth",
+                self._metric,
+                hint,
+            )
         if value > self._best:
             self._best = value
             self._checkpointer.save_weights("model_best", iteration=iteration, best=value)
@@ -201,6 +210,13 @@ class MetricsState(HookBase):
         if self.catch_up:
             for name, value in self._latest.items():
                 storage.put_scalar(name, value, smoothing_hint=False, cur_iter=start - 1)
+        self._hide_written(storage.latest())
+
+    def _hide_written(self, latest: dict[str, tuple[float, int]]) -> None:
+        """Leave in ``latest``, from which the writers take what is new, only what they lack."""
+        lacking = self.trainer.start_iter - 1 if self.catch_up else None
+        for name in [name for name, (_, iteration) in latest.items() if iteration != lacking]:
+            del latest[name]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the last values of smoothed metrics, and this iteration's of the others."""
@@ -291,20 +307,20 @@ def truncate_metrics(path: Path, iterations: int) -> None:
     """
     if not path.is_file():
         return
-    lines = path.read_text().splitlines(keepends=True)
+    lines = path.read_bytes().splitlines(keepends=True)
     kept = [line for line in lines if _iteration_of(line) < iterations]
     if len(kept) < len(lines):
-        write_atomically(path, lambda file: file.write("".join(kept).encode()))
+        write_atomically(path, lambda file: file.write(b"".join(kept)))
 
 
 def lost_records(path: Path, iteration: int) -> tuple[bool, bool]:
     """Whether metrics.json lacks an iteration's losses, and its evaluation (keys with a slash)."""
-    lines = path.read_text().splitlines() if path.is_file() else []
-    text = "".join(line for line in lines if _iteration_of(line) == iteration)
-    return '"total_loss"' not in text, "/" not in text
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    text = b"".join(line for line in lines if _iteration_of(line) == iteration)
+    return b'"total_loss"' not in text, b"/" not in text
 
 
-def _iteration_of(line: str) -> float:
+def _iteration_of(line: bytes) -> float:
     try:
         return float(json.loads(line)["iteration"])
     except (ValueError, KeyError, TypeError):

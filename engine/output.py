@@ -1,11 +1,12 @@
 """The output folder of a run: log, config, and what an earlier run has left there."""
 
+import argparse
 import itertools
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from detectron2.config import LazyConfig
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
@@ -13,12 +14,12 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 
-from .errors import UserError
+from .errors import LocalError, UserError
 from .hooks import lost_records, truncate_metrics
 from .reproduce import save_snapshot
 from .trainer import DistillationTrainer, unwrap
 
-__all__ = ["create_output", "prepare_output", "setup_evaluation", "snapshot_writer"]
+__all__ = ["create_output", "prepare_output", "save_config", "setup_run", "snapshot_writer"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,23 +41,38 @@ def create_output(config: DictConfig) -> None:
         setup_logger(folder, distributed_rank=comm.get_rank(), name=name)
 
 
-def setup_evaluation(config: DictConfig) -> None:
-    """Do for an evaluation what detectron2's default_setup does for a training.
+def setup_run(config: DictConfig, args: argparse.Namespace) -> None:
+    """Log what is run, seed this process, choose cuDNN's way: detectron2's default_setup.
 
-    The folder may be that of a training run, whose config.yaml must stay: the evaluation's config
-    goes to config_eval.yaml.
+    Unlike that it saves no config, which would replace an earlier run's before anything is built.
     """
     folder, rank = config.train.output_dir, comm.get_rank()
     for name in ("detectron2", "fvcore"):
         setup_logger(folder, distributed_rank=rank, name=name)
     logger.info("Environment:\n%s", collect_env_info())
-    if comm.is_main_process():
-        LazyConfig.save(config, os.path.join(folder, "config_eval.yaml"))
+    logger.info("Started with %s", args)
+    text = Path(args.config_file).read_text(encoding="utf-8")
+    logger.info("The config file %s reads:\n%s", args.config_file, text)
     seed_all_rng(config.train.seed + rank)
+    if not args.eval_only:  # images of ever new sizes would each be benchmarked
+        torch.backends.cudnn.benchmark = config.train.get("cudnn_benchmark", False)
+
+
+def save_config(config: DictConfig, name: str) -> None:
+    """Write the config to a file in the output folder, once for all processes."""
+    if comm.is_main_process():
+        path = Path(config.train.output_dir, name)
+        try:
+            LazyConfig.save(config, str(path))
+        except OSError as error:
+            raise LocalError(f"cannot write {path}: {error.strerror}") from error
 
 
 def prepare_output(config: DictConfig, start: int) -> tuple[bool, bool]:
-    """Remove from metrics.json what will be written again; set an earlier run's files aside.
+    """Make the folder that of this run, once all that can be refused has been.
+
+    Removes from metrics.json what will be written again or sets an earlier run's files aside, then
+    saves the config.
 
     Returns:
         whether an interruption has prevented the log line, and the evaluation, of the iteration
@@ -70,6 +86,7 @@ def prepare_output(config: DictConfig, start: int) -> tuple[bool, bool]:
             no_line, no_evaluation = lost_records(folder / "metrics.json", start - 1)
         else:
             set_aside(folder)
+        save_config(config, "config.yaml")
     due = start % config.train.log_period == 0 or start == config.train.max_iter
     no_line, no_evaluation = comm.all_gather((no_line and due, no_evaluation))[0]
     return no_line, no_evaluation
@@ -77,7 +94,8 @@ def prepare_output(config: DictConfig, start: int) -> tuple[bool, bool]:
 
 def set_aside(folder: Path) -> None:
     """Move the results of an earlier run to the first free of previous, previous-2, …"""
-    patterns = ("model_*.pth", "nonfinite_*.pth", "last_checkpoint", "metrics.json", "events.*")
+    patterns = ["model_*.pth", "nonfinite_*.pth", "last_checkpoint", "metrics.json", "events.*"]
+    patterns.append("config*.yaml")
     files = [path for pattern in patterns for path in folder.glob(pattern)]
     if not files:
         return

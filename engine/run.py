@@ -1,6 +1,7 @@
 """What ``tools/train_net.py`` does, step by step."""
 
 import argparse
+import copy
 import logging
 import os
 import warnings
@@ -8,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.config import instantiate
-from detectron2.engine import create_ddp_model, default_setup, hooks
+from detectron2.engine import create_ddp_model, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, JSONWriter, TensorboardXWriter
@@ -23,7 +23,8 @@ from .branches import (
     evaluate_branches,
     named_branches,
 )
-from .checkpoint import AtomicCheckpointer, newest_checkpoint
+from .building import build, construction
+from .checkpoint import AtomicCheckpointer, newest_checkpoint, require_readable, stored_entry
 from .compatibility import lasting
 from .config import load_config
 from .data import build_resumable_train_loader
@@ -40,7 +41,9 @@ from .hooks import (
     WriterHook,
 )
 from .memory import keep_freed_memory
-from .output import create_output, prepare_output, setup_evaluation, snapshot_writer
+from .output import create_output, prepare_output, save_config, setup_run, snapshot_writer
+from .rehearsal import rehearse_evaluation
+from .settings import check_settings, require_settings, resolve_device
 from .trainer import DistillationTrainer, autocast_dtype, student_of
 
 __all__ = ["evaluate", "main", "train"]
@@ -58,11 +61,13 @@ def main(args: argparse.Namespace, runtime: str = "") -> dict:
 
 
 def prepare(config: DictConfig, args: argparse.Namespace, runtime: str = "") -> None:
-    """Check what can be checked, settle device and seed, start logging, save the config.
+    """Check what can be checked, settle device and seed, start logging.
 
     Raises:
-        UserError: the device or a data set is missing, or no checkpoint to resume from is intact.
+        UserError: a setting is missing or out of range, the device, a data set or the weights to
+            begin with are missing, or no checkpoint to resume from is intact.
     """
+    require_settings(config, training=not args.eval_only)
     config.train.device = resolve_device(config.train.device)
     if config.train.device == "cpu":
         keep_freed_memory()
@@ -77,56 +82,25 @@ def prepare(config: DictConfig, args: argparse.Namespace, runtime: str = "") -> 
     check_datasets(names)
     check_ground_truth(config)
     create_output(config)
-    config.train.seed = resolve_seed(config, resume=args.resume and not args.eval_only)
-    if args.eval_only:
-        setup_evaluation(config)
-    else:
-        default_setup(config, args)
+    path = checkpoint_to_resume(config) if args.resume and not args.eval_only else ""
+    if not path:
+        require_readable(config.train.get("init_checkpoint"))
+    config.train.seed = resolve_seed(config, path)
+    setup_run(config, args)
     if runtime:
         logger.info("Runtime: %s", runtime)
 
 
-def resolve_device(device: str) -> str:
-    """Return the device that ``train.device`` asks for; "auto" takes CUDA where there is one."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise UserError(f"train.device is '{device}', expected auto, cpu or cuda") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"train.device is '{device}', but this machine has no CUDA: use cpu")
-    return device
+def resolve_seed(config: DictConfig, path: str) -> int:
+    """Return ``train.seed``; a negative one becomes the checkpoint's, or is drawn once for all.
 
-
-def check_settings(config: DictConfig) -> None:
-    """Stop if a training setting is out of range."""
-    settings = config.train
-    if "wandb" in settings and settings.wandb.enabled:
-        raise UserError("train.wandb.enabled is True, but only TensorBoard and metrics.json exist")
-    autocast_dtype(settings.amp.enabled, settings.amp.dtype, settings.device)
-    for key, value in (
-        ("max_iter", settings.max_iter),
-        ("log_period", settings.log_period),
-        ("eval_period", settings.eval_period),
-        ("accumulation_steps", settings.accumulation_steps),
-        ("checkpointer.period", settings.checkpointer.period),
-        ("checkpointer.max_to_keep", settings.checkpointer.get("max_to_keep")),
-    ):
-        if value is None and key == "checkpointer.max_to_keep":
-            continue
-        if not isinstance(value, int):
-            raise UserError(f"train.{key} is {value}, expected a whole number")
-        if value < 1 and key != "eval_period":
-            raise UserError(f"train.{key} is {value}, expected at least 1")
-
-
-def resolve_seed(config: DictConfig, *, resume: bool) -> int:
-    """Return ``train.seed``; a negative one becomes the checkpoint's, or is drawn once for all."""
+    Args:
+        config: the whole config.
+        path: the checkpoint to resume from; empty if there is none.
+    """
     seed = config.train.seed
-    path = checkpoint_to_resume(config) if resume else ""
     if path:
-        stored = torch.load(path, map_location="cpu", mmap=True, weights_only=True).get("seed")
+        stored = stored_entry(path, "seed", int)
         if seed >= 0 and stored not in (None, seed):
             logger.warning(
                 "train.seed is %d, the checkpoint's %d: data order changes", seed, stored
@@ -154,15 +128,15 @@ def checkpoint_to_resume(config: DictConfig) -> str:
 def train(config: DictConfig, *, resume: bool = False) -> dict:
     """Train, evaluate at the end, and return the last evaluation's results."""
     settings = config.train
+    record = copy.deepcopy(config)  # building fills in what is not for config.yaml
     loader = build_train_loader(config)
     model = build_model(config)
     student = student_of(model)
     check_class_count(dataset_names(config.dataloader.train), student)
     check_branches(named_branches(config), student)
+    rehearse_evaluation(config, student)
     ema = build_ema(config, student)
-    config.optimizer.params.model = model
-    optimizer = instantiate(config.optimizer)
-    config.optimizer.params.model = None
+    optimizer = build_optimizer(config, model)
     trainer = DistillationTrainer(
         wrap_for_processes(model, config),
         loader,
@@ -182,7 +156,7 @@ def train(config: DictConfig, *, resume: bool = False) -> dict:
     results: dict = {}
     metrics, evaluation = register_stateful_hooks(config, trainer, checkpointer, ema, results)
     start, rng = load_state(config, checkpointer, trainer, resume=resume)
-    metrics.catch_up, evaluation.redo = prepare_output(config, start)
+    metrics.catch_up, evaluation.redo = prepare_output(record, start)
     register_closing_hooks(config, trainer, checkpointer, start, rng, metrics.catch_up)
     trainer.train(start, settings.max_iter)
     logger.info("Results, checkpoints and logs are in %s", Path(settings.output_dir).resolve())
@@ -200,6 +174,16 @@ def build_train_loader(config: DictConfig) -> Any:
     return build_loader(node)
 
 
+def build_optimizer(config: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """Build the optimiser of the model's parameters."""
+    with construction("the optimizer"):
+        config.optimizer.params.model = model
+    try:
+        return build("the optimizer", config.optimizer)
+    finally:
+        config.optimizer.params.model = None
+
+
 def target_name(function: Any) -> str:
     """Return the name by which a config refers to ``function``."""
     return f"{function.__module__}.{function.__qualname__}"
@@ -213,9 +197,12 @@ def build_model(config: DictConfig, *, student_only: bool = False) -> nn.Module:
         student_only: of a model that trains a student, build the student alone.
     """
     node = config.model.get("student", config.model) if student_only else config.model
-    model = instantiate(node).to(config.train.device)
+    model = build("the model", node)
+    if not isinstance(model, nn.Module):
+        raise UserError(f"the config's model is {model!r}, expected a call that builds a module")
+    model.to(config.train.device)
     if config.train.channels_last:
-        model.to(memory_format=torch.channels_last)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if config.train.compile.enabled:
         model.compile(**config.train.compile.options)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -252,9 +239,19 @@ def load_state(
         checkpointer.strictness = "partial" if config.train.init_partial else "initialise"
         checkpointer.load(config.train.init_checkpoint, checkpointables=[])
         return 0, None
+    if stored_entry(path, "trainer", dict) is None:
+        raise UserError(
+            f"{path} holds no state of a training to resume: "
+            "name it in train.init_checkpoint to begin with its weights"
+        )
     checkpointer.strictness = "resume"
     rest = checkpointer.load(path)
-    start = min(trainer.iter + 1, config.train.max_iter)
+    start = trainer.iter + 1
+    if start > config.train.max_iter:
+        raise UserError(
+            f"train.max_iter is {config.train.max_iter}, but {path} has {start} iterations done: "
+            f"expected at least {start}, or another train.output_dir"
+        )
     if hasattr(trainer.data_loader, "seek"):
         trainer.data_loader.seek(start * trainer.accumulation_steps)
     else:
@@ -284,16 +281,18 @@ def register_stateful_hooks(
         results.update(evaluate(config, model, ema))
         return results
 
+    with construction("train.checkpointer"):
+        checkpoints = CheckpointHook(checkpointer, **settings.checkpointer)
     evaluation = EvaluationHook(
         settings.eval_period, run_evaluation, checkpointer, settings.best_metric
     )
     trainer.register_hooks(
         [
             hooks.IterationTimer(),
-            hooks.LRScheduler(scheduler=instantiate(config.lr_multiplier)),
+            hooks.LRScheduler(scheduler=build("lr_multiplier", config.lr_multiplier)),
             EmaHook(ema) if ema else None,
             metrics := MetricsState(),
-            CheckpointHook(checkpointer, **settings.checkpointer),
+            checkpoints,
             evaluation,
         ]
     )
@@ -333,7 +332,7 @@ def evaluate(config: DictConfig, model: nn.Module, ema: ModelEma | None = None) 
         the evaluator's nested dict of numbers; those of the averages under the key "ema".
         Empty in other processes than the first.
     """
-    if "evaluator" not in config.dataloader:
+    if config.dataloader.get("evaluator") is None:
         logger.warning("the config has no dataloader.evaluator: nothing is evaluated")
         return {}
     results = evaluate_once(config, model)
@@ -348,12 +347,14 @@ def evaluate(config: DictConfig, model: nn.Module, ema: ModelEma | None = None) 
 
 def evaluate_once(config: DictConfig, model: nn.Module) -> dict:
     """Evaluate the model as it is, or branches of it, and print its results table."""
-    check_class_count(dataset_names(config.dataloader.test), model)
-    branches = named_branches(config)
+    names, branches = dataset_names(config.dataloader.test), named_branches(config)
     if branches != (STUDENT,):
+        check_class_count(names, model, exactly=True)
         return evaluate_branches(config, model, branches)
     loader = build_loader(config.dataloader.test)
-    results = inference_on_dataset(model, loader, instantiate(config.dataloader.evaluator)) or {}
+    check_class_count(names, model, exactly=True)  # which loading has counted
+    evaluator = build("dataloader.evaluator", config.dataloader.evaluator)
+    results = inference_on_dataset(model, loader, evaluator) or {}
     if results and comm.is_main_process():
         print_csv_format(results)
     return dict(results)
@@ -364,6 +365,7 @@ def evaluate_checkpoint(config: DictConfig) -> dict:
     if not config.train.init_checkpoint:
         raise UserError("--eval-only needs weights: set train.init_checkpoint=FILE")
     model, _ = load_for_evaluation(config)
+    save_config(config, "config_eval.yaml")
     return evaluate(config, model)
 
 

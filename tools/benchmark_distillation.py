@@ -37,7 +37,7 @@ from detectors.decoder import CheckpointLayers, Decoder
 from detectors.structures import AttentionMaps
 from engine.config import load_config
 from engine.errors import UserError, exit_code_of
-from engine.run import resolve_device
+from engine.settings import resolve_device
 from projects.detr_distill.attention_maps import AttentionDistillation
 from projects.detr_distill.distiller import Distiller
 from tools.benchmark_measure import Budget, interleave, spread

@@ -28,10 +28,11 @@ from omegaconf import DictConfig
 from detectors.detector import Detector
 from engine.checkpoint import newest_checkpoint
 from engine.config import load_config
-from engine.data import is_decodable
+from engine.data import image_fault
 from engine.datasets import build_loader, check_datasets, dataset_names
 from engine.errors import UserError, exit_code_of
-from engine.run import load_for_evaluation, resolve_device
+from engine.run import load_for_evaluation
+from engine.settings import resolve_device
 from tools.attention_drawing import Entry, draw
 from tools.attention_views import look
 from tools.visualize_predictions import spread
@@ -142,10 +143,8 @@ def inputs(config: DictConfig, args: argparse.Namespace) -> Iterator[Input]:
 
 def readable(path: Path) -> Path:
     """The path of an image that is there and whole."""
-    if not path.is_file():
-        raise UserError(f"image {path} not found")
-    if not is_decodable(str(path)):
-        raise UserError(f"cannot decode image {path}")
+    if fault := image_fault(str(path)):
+        raise UserError(fault)
     return path
 
 

@@ -27,7 +27,7 @@ from omegaconf import DictConfig
 from engine.checkpoint import AtomicCheckpointer
 from engine.config import load_config
 from engine.errors import UserError, exit_code_of
-from engine.run import resolve_device
+from engine.settings import resolve_device
 from projects.detr_distill.distiller import Distiller
 from tools.attention_drawing import Entry, draw
 from tools.attention_views import View

@@ -242,8 +242,9 @@ def fails(tmp_path, *overrides, config=CONFIG, **options):
 
 @pytest.mark.parametrize("eval_only", [True, False])
 def test_unknown_branch(tmp_path, eval_only):
-    setting = "evaluation.branch=[student,share_b]"
-    message = fails(tmp_path, setting, "train.init_checkpoint=absent", eval_only=eval_only)
+    setting, unread = "evaluation.branch=[student,share_b]", tmp_path / "unread.pth"
+    unread.touch()
+    message = fails(tmp_path, setting, f"train.init_checkpoint={unread}", eval_only=eval_only)
     assert message.startswith(
         "evaluation.branch is 'share_b', the ConditionalDETR of this config has "
         "student, share_v, share_a (did you mean 'share_"

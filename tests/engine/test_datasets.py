@@ -12,9 +12,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from tiny_run import metrics, run_tiny
 
-from engine.errors import LocalError, UserError, exit_code_of
+from engine.errors import PATIENCE, LocalError, UserError, exit_code_of
 from engine.processes import run_in_processes, started_by_torchrun
-from engine.run import resolve_device
+from engine.settings import resolve_device
 
 
 @pytest.fixture
@@ -97,9 +97,64 @@ def test_another_image_size_than_stated(own_data, tmp_path):
 
 
 def test_what_else_prevents_loading(own_data, tmp_path):
-    edit(own_data, lambda c: c["images"][2].pop("file_name"))
+    edit(own_data, lambda c: c["annotations"][2].update(id=2))
     message = fails(tmp_path, *use("spoilt"))
-    assert message == "cannot load data set spoilt: KeyError: 'file_name'"
+    assert message.startswith("cannot load data set spoilt: AssertionError: ")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            lambda c: c["images"][2].pop("file_name"),
+            ": image 3 has the file_name None, expected a n",
+        ),
+        (lambda c: c["images"][2].pop("height"), ": image 3 has the height None, expected pixels"),
+        (
+            lambda c: c["images"][2].update(height="24"),
+            ": image 3 has the height '24', expected pix",
+        ),
+        (
+            lambda c: c["annotations"][2].pop("bbox"),
+            ": annotation 3 has the bbox None, expected 4 n",
+        ),
+        (
+            lambda c: c["annotations"][2].update(bbox=None),
+            ": annotation 3 has the bbox None, expecte",
+        ),
+        (
+            lambda c: c["annotations"][2].update(bbox=[1, 2]),
+            ": annotation 3 has a bbox of 2 numbers",
+        ),
+        (
+            lambda c: c.update(images=None),
+            " is not a COCO annotation file: 'images' is of type None",
+        ),
+        (
+            lambda c: c.pop("categories"),
+            " is not a COCO annotation file: 'categories' is missing, ",
+        ),
+    ],
+)
+def test_entries_that_cannot_be_used_are_named(own_data, tmp_path, change, reason):
+    edit(own_data, change)
+    assert fails(tmp_path, *use("spoilt")).startswith(f"{own_data}/instances.json{reason}")
+
+
+def test_an_annotation_file_is_a_dict(own_data, tmp_path):
+    (own_data / "instances.json").write_text("[1]")
+    assert fails(tmp_path, *use("spoilt")) == (
+        f"{own_data}/instances.json is not a COCO annotation file: it holds a list, "
+        "expected a dict of images, annotations and categories"
+    )
+
+
+def test_a_missing_image_is_not_found(own_data, tmp_path, engine_log):
+    (own_data / "000.png").unlink()
+    message = fails(tmp_path, "dataloader.test.dataset.names=spoilt")
+    assert message == f"image {own_data}/000.png not found"
+    run_tiny(tmp_path / "out", "dataloader.train.dataset.names=spoilt", "train.max_iter=6")
+    assert f"image {own_data}/000.png not found: skipped" in engine_log.text
 
 
 def test_bad_boxes_are_dropped_in_training(own_data, tmp_path, engine_log):
@@ -145,6 +200,21 @@ def test_more_classes_than_the_model(tmp_path):
     )
 
 
+@pytest.mark.parametrize("eval_only", [False, True])
+def test_fewer_classes_than_the_model(own_data, tmp_path, eval_only):
+    def leave_two(content):
+        content["categories"].pop()
+        content["annotations"] = [a for a in content["annotations"] if a["category_id"] < 3]
+
+    run_tiny(tmp_path / "start", "train.max_iter=1", "train.eval_period=0")
+    edit(own_data, leave_two)
+    weights = f"train.init_checkpoint={tmp_path}/start/model_final.pth"
+    message = fails(tmp_path, *use("spoilt"), weights, eval_only=eval_only)
+    assert message == "data set 'spoilt' has 2 classes, the model 3: set the model's num_classes"
+    assert not (tmp_path / "out" / "metrics.json").exists()
+    run_tiny(tmp_path / "out", *use("spoilt"), "~dataloader.evaluator", "train.max_iter=1")
+
+
 def test_settings_out_of_range(tmp_path):
     assert fails(tmp_path, "train.max_iter=0") == "train.max_iter is 0, expected at least 1"
     message = fails(tmp_path, "train.checkpointer.max_to_keep=0")
@@ -166,10 +236,13 @@ def test_an_error_of_one_process_is_printed_by_it(monkeypatch, capfd):
     def meet(error):
         raise error
 
+    waits = []
+    monkeypatch.setattr("time.sleep", waits.append)
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert exit_code_of(lambda: meet(UserError("of all"))) == 2
     assert exit_code_of(lambda: meet(LocalError("of one"))) == 2
     assert capfd.readouterr().err == "error: of one\n"
+    assert waits == [PATIENCE]  # for the one that prints, as a launcher ends all with the first
 
 
 def test_device(monkeypatch):

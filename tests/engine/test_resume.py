@@ -1,13 +1,16 @@
 """An interrupted run ends with exactly the numbers of one that was not."""
 
+import json
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from detectron2.config import LazyConfig
 from tiny_run import continue_from, fork_tiny, metrics, run_tiny
 
 from engine.errors import UserError
@@ -153,6 +156,49 @@ def test_a_finished_run_can_be_resumed_and_extended(whole_run, tmp_path):
     assert {12, 13, 14} <= set(metrics(tmp_path / "run"))
 
 
+def test_extending_a_run_repeats_no_record(tmp_path):
+    for end in (8, 10, 12):
+        run_tiny(tmp_path, f"train.max_iter={end}", "train.eval_period=4", resume=True)
+    records = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    with_losses = [record["iteration"] for record in records if "total_loss" in record]
+    assert with_losses == list(range(12))
+    pairs = [(r["iteration"], name) for r in records for name in r if name != "iteration"]
+    assert len(pairs) == len(set(pairs))
+    assert [record["iteration"] for record in records] == sorted(r["iteration"] for r in records)
+
+
+def test_less_than_is_trained_already_is_refused(whole_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole_run, run)
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.name != "log.txt"}
+    with pytest.raises(UserError) as caught:
+        run_tiny(run, *EVERYTHING, "train.max_iter=4", resume=True)
+    assert str(caught.value) == (
+        f"train.max_iter is 4, but {run}/model_final.pth has 12 iterations done: "
+        "expected at least 12, or another train.output_dir"
+    )
+    after = {path.name: path.read_bytes() for path in run.iterdir() if path.name != "log.txt"}
+    assert after == before
+
+
+def test_what_is_no_text_does_no_harm(whole_run, tmp_path):
+    run = tmp_path / "run"
+    continue_from(whole_run, run, 8)
+    (run / "last_checkpoint").write_bytes(b"\xff\xfe\x00bad")
+    with open(run / "metrics.json", "ab") as file:
+        file.write(b'\xff\xfe{"a')
+    run_tiny(run, *EVERYTHING, resume=True)
+    assert_equal_runs(whole_run, run)
+
+
+@pytest.mark.parametrize("content", [{"model": {}, "iteration": 8}, [1, 2]])
+@pytest.mark.parametrize("seed", [-1, 7])
+def test_what_is_no_state_of_a_training_is_refused(tmp_path, content, seed):
+    torch.save(content, tmp_path / "model_final.pth")
+    with pytest.raises(UserError, match=r"model_final\.pth holds no state of a training"):
+        run_tiny(tmp_path, f"train.seed={seed}", resume=True)
+
+
 def test_detectron2s_loader_resumes_with_a_warning(tmp_path, engine_log):
     other = "dataloader.train._target_=detectron2.data.build_detection_train_loader"
     run_tiny(tmp_path, other, "train.max_iter=3")
@@ -170,6 +216,22 @@ def test_starting_anew_sets_the_earlier_run_aside(tmp_path):
     run_tiny(tmp_path, "train.max_iter=1")
     assert (tmp_path / "previous" / "model_0000002.pth").is_file()
     assert set(metrics(tmp_path / "previous-2")) == {0, 1, 2}
+
+
+def test_a_config_stays_with_its_run(tmp_path):
+    run_tiny(tmp_path, "train.max_iter=3", "train.eval_period=0")
+    first = (tmp_path / "config.yaml").read_text()
+    for refused in ("optimizer.betas=0.9", "train.init_checkpoint=absent"):
+        with pytest.raises(UserError):
+            run_tiny(tmp_path, "train.max_iter=2", refused)
+        assert (tmp_path / "config.yaml").read_text() == first
+        assert not (tmp_path / "previous").exists()
+    run_tiny(tmp_path, "train.max_iter=2", "train.eval_period=0")
+    assert (tmp_path / "previous" / "config.yaml").read_text() == first
+    second = LazyConfig.load(str(tmp_path / "config.yaml"))
+    assert second.train.max_iter == 2
+    assert "model" not in second.optimizer.params  # nor what else only building fills in
+    assert "seed" not in second.dataloader.train
 
 
 def test_evaluating_leaves_the_training_config(tmp_path):

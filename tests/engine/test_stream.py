@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from engine.boxes import drop_bad_boxes, float_boxes
-from engine.data import BatchStream, build_resumable_train_loader, is_decodable
+from engine.data import BatchStream, build_resumable_train_loader, image_fault
 from engine.datasets import build_loader
 from engine.errors import UserError
 from engine.rng import get_rng_state, preserve_rng, seeded, set_rng_state
@@ -188,12 +188,13 @@ def test_other_errors_of_the_mapper_are_not_hidden(image_records):
         next(iter(loader))
 
 
-def test_is_decodable(image_records, tmp_path):
+def test_image_fault(image_records, tmp_path):
     path = Path(image_records[0]["file_name"])
-    assert is_decodable(str(path))
-    assert not is_decodable(str(tmp_path / "absent.png"))
+    assert image_fault(str(path)) == ""
+    absent = str(tmp_path / "absent.png")
+    assert image_fault(absent) == f"image {absent} not found"
     path.write_bytes(b"not an image")
-    assert not is_decodable(str(path))
+    assert image_fault(str(path)) == f"cannot decode image {path}"
 
 
 def test_bad_boxes_are_dropped_and_counted(engine_log):

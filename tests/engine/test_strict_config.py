@@ -119,6 +119,8 @@ def test_deleted(config):
         ("train.steps=a", "train.steps='a' is of type str, expected list"),
         ("train.max_iter", "cannot read the override 'train.max_iter'"),
         ("--resume", "cannot read the override '--resume': options come before the overrides"),
+        ("=3", "cannot read the override '=3': expected key=value"),
+        ("@foo=3", "cannot read the override '@foo=3': expected key=value"),
         ("train.steps=[1,", "cannot read the override 'train.steps=[1,'"),
     ],
 )
@@ -129,6 +131,12 @@ def test_refused(config, override, message):
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
     assert OmegaConf.to_yaml(config.train) == before
+
+
+def test_no_suggestion_is_the_key_itself_cut_short(config):
+    with pytest.raises(UserError) as caught:
+        apply_overrides(config, ["model.foo=1"])
+    assert "did you mean 'model'?" not in str(caught.value)
 
 
 def test_agrees_with_detectron2_where_that_is_strict_enough(config):
@@ -163,6 +171,10 @@ def test_loading_completes_the_train_node(tmp_path):
         ("model = (", "cannot load config .*config.py"),
         ("import no_such_module", "No module named 'no_such_module'"),
         (COMPLETE.replace("= optimizer", ""), "has no 'optimizer', expected model"),
+        ("a = 1\nb = c\n", r"config.py: line 2: NameError: name 'c' is not defined"),
+        ("a = {}\n\n\na['x']", r"config.py: line 4: KeyError: 'x'"),
+        ("import os\nos.nothing", r"config.py: line 2: AttributeError: module 'os' has no"),
+        ("assert False", r"config.py: line 1: AssertionError$"),
     ],
 )
 def test_config_files_that_cannot_be_used(tmp_path, content, message):
@@ -189,6 +201,27 @@ def test_common_settings_are_detrexs_and_ours():
     assert train.clip_grad.params.max_norm == 0.1
     assert train.amp == {"enabled": False, "dtype": "bfloat16"}
     assert train.device == "auto"
+
+
+def test_an_error_names_the_file_it_arose_in(tmp_path):
+    (tmp_path / "other.py").write_text("\n1 / 0\n")
+    (tmp_path / "config.py").write_text("from .other import a\n")
+    with pytest.raises(UserError) as caught:
+        load_config(str(tmp_path / "config.py"))
+    assert str(caught.value) == (
+        f"cannot load config {tmp_path}/config.py: {tmp_path}/other.py, line 2: "
+        "ZeroDivisionError: division by zero"
+    )
+
+
+@pytest.mark.parametrize("node", ["", "model:", "{model: 1, dataloader: {}}", "{train: null}"])
+def test_yaml_without_the_nodes(tmp_path, node):
+    (tmp_path / "config.yaml").write_text(node)
+    with pytest.raises(
+        UserError, match=r"config .*config.yaml (holds no|has no|has the)"
+    ) as caught:
+        load_config(str(tmp_path / "config.yaml"))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

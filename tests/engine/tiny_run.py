@@ -41,10 +41,13 @@ def metrics(output):
     """What metrics.json says per iteration, without times."""
     result = {}
     for line in Path(output, "metrics.json").read_text().splitlines():
-        record = {k: v for k, v in json.loads(line).items() if not _VARIES.search(k)}
+        record = json.loads(line)
         assert not set(record) & set(result.get(record["iteration"], {})) - {"iteration"}, "twice"
         result.setdefault(record["iteration"], {}).update(record)
-    return {i: {k: repr(v) for k, v in record.items()} for i, record in result.items()}
+    return {
+        i: {k: repr(v) for k, v in record.items() if not _VARIES.search(k)}
+        for i, record in result.items()
+    }
 
 
 def continue_from(source, target, iteration):
