@@ -26,31 +26,32 @@ export PYTHONUNBUFFERED := 1
 .PHONY: env quickstart study test lint sanitize
 
 env:
-	@$(if $(wildcard $(RUN)),$(RUN),$(PYTHON)) tools/setup_env.py $(VENV) --torch "$(TORCH)"
+	@if [ -e "$(RUN)" ]; then python="$(RUN)"; else python="$(PYTHON)"; fi; \
+	    "$$python" tools/setup_env.py "$(VENV)" --torch "$(TORCH)"
 
 quickstart: export DETECTRON2_DATASETS := $(CURDIR)/datasets
 # waiting threads sleep instead of spinning, which would starve the others on a busy machine
 quickstart: export OMP_WAIT_POLICY := PASSIVE
 quickstart: env
-	$(RUN) tools/make_shapes.py --preset quickstart --output $(DATA)
-	$(RUN) tools/train_net.py --config-file $(CONFIG) --resume
-	$(RUN) tools/visualize_predictions.py --output-dir $(OUTPUT) --dataset shapes_val --threshold 0.3
-	$(RUN) tools/plot_metrics.py --output-dir $(OUTPUT)
+	"$(RUN)" tools/make_shapes.py --preset quickstart --output $(DATA)
+	"$(RUN)" tools/train_net.py --config-file $(CONFIG) --resume
+	"$(RUN)" tools/visualize_predictions.py --output-dir $(OUTPUT) --dataset shapes_val --threshold 0.3
+	"$(RUN)" tools/plot_metrics.py --output-dir $(OUTPUT)
 	@echo
 	@echo "Everything is in $(OUTPUT)/:"
 	@cd $(OUTPUT) && ls -d config.yaml metrics.json events.* model_*.pth *.png
 
 study: env
-	$(RUN) tools/study.py $(ARGS)
+	"$(RUN)" tools/study.py $(ARGS)
 
 test: export OMP_NUM_THREADS := 1
 test: env
-	$(RUN) -m pytest -n auto --maxprocesses 8 $(ARGS)
+	"$(RUN)" -m pytest -n auto --maxprocesses 8 $(ARGS)
 
 lint: env
-	$(RUN) -m ruff format --check .
-	$(RUN) -m ruff check .
-	$(RUN) -m mypy
+	"$(RUN)" -m ruff format --check .
+	"$(RUN)" -m ruff check .
+	"$(RUN)" -m mypy
 
 # A second build of the operators. The sanitizers' runtimes must be there before Python is, and
 # Python does not free all it holds at exit, so that leaks are not looked for.
@@ -62,8 +63,8 @@ sanitize: export OMP_NUM_THREADS := 2
 sanitize: env
 	rm -rf $(SANITIZED)/ops
 	CFLAGS="$(SANITIZERS) -g" LDFLAGS="$(SANITIZERS)" \
-	    $(RUN) setup.py build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects
+	    "$(RUN)" setup.py build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects
 	@ls $(SANITIZED)/ops/_C*.so > /dev/null  # what cannot be built would only be skipped
 	DETR_METHODS_OPS="$(CURDIR)/$(SANITIZED)/ops/_C*.so" LD_PRELOAD="$(PRELOAD)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	    $(RUN) -m pytest --capture no tests/ops --ignore tests/ops/triton_kernels $(ARGS)
+	    "$(RUN)" -m pytest --capture no tests/ops --ignore tests/ops/triton_kernels $(ARGS)

@@ -18,7 +18,7 @@ from .defaults import EVALUATION_DEFAULTS, TRAIN_DEFAULTS
 from .errors import UserError, did_you_mean
 from .yaml_tags import check_tags
 
-__all__ = ["apply_overrides", "load_config"]
+__all__ = ["apply_overrides", "load_config", "read_config"]
 
 _REQUIRED = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 
@@ -31,13 +31,7 @@ def load_config(path: str, overrides: Iterable[str] = ()) -> DictConfig:
     """
     if not path:
         raise UserError("no config given: use --config-file FILE")
-    if not os.path.isfile(path):
-        raise UserError(f"config file {path} not found")
-    check_tags(path)
-    try:
-        config = LazyConfig.load(path)
-    except Exception as error:  # a config file is a program: it may raise anything
-        raise UserError(f"cannot load config {path}: {_reason(error, path)}") from error
+    config = read_config(path)
     if not isinstance(config, DictConfig) or not config:
         raise UserError(f"config {path} holds no settings, expected {', '.join(_REQUIRED)}")
     _require_nodes(config, f"config {path}")
@@ -48,6 +42,21 @@ def load_config(path: str, overrides: Iterable[str] = ()) -> DictConfig:
     apply_overrides(config, overrides)
     _require_nodes(config, "with these overrides the config")
     return config
+
+
+def read_config(path: str) -> Any:
+    """Execute or parse a config file, whatever it holds.
+
+    Raises:
+        UserError: no such file, or it cannot be read; names the file and the line.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f"config file {path} not found")
+    check_tags(path)
+    try:
+        return LazyConfig.load(path)
+    except Exception as error:  # a config file is a program: it may raise anything
+        raise UserError(f"cannot load config {path}: {_reason(error, path)}") from error
 
 
 def _reason(error: Exception, path: str) -> str:

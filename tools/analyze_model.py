@@ -57,7 +57,7 @@ def main() -> None:
 def count_multiply_adds(model: nn.Module, size: tuple[int, int]) -> FlopCountAnalysis:
     """Trace ``model`` on one image of ``size`` (h, w), the operators of this project included."""
     image = torch.zeros(3, *size)
-    analysis = FlopCountAnalysis(_Tensors(model), (image,))
+    analysis = FlopCountAnalysis(_Tensors(model, size), (image,))
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     for operator, handle in HANDLES.items():
         analysis.set_op_handle(operator, handle)
@@ -69,12 +69,14 @@ def count_multiply_adds(model: nn.Module, size: tuple[int, int]) -> FlopCountAna
 class _Tensors(nn.Module):
     """What tracing needs: an image in, tensors out."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, size: tuple[int, int]):
         super().__init__()
         self.model = model
+        self.height, self.width = size
 
     def forward(self, image: torch.Tensor) -> Any:
-        result = self.model([{"image": image}])[0]["instances"]
+        record = {"image": image, "height": self.height, "width": self.width}
+        result = self.model([record])[0]["instances"]
         return result.pred_boxes.tensor, result.scores, result.pred_classes
 
 

@@ -14,6 +14,7 @@ a cluster of one category with one run-length mask.
 import argparse
 import functools
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -170,6 +171,7 @@ def check(settings: Settings) -> None:
         ("categories", 1 <= settings.categories <= len(OUTLINES), f"1 to {len(OUTLINES)}"),
         ("scales", 0 < low <= high <= 1, "0 < LOW <= HIGH <= 1"),
         ("max_objects", 0 <= settings.min_objects <= settings.max_objects, "at least min-objects"),
+        *((name, math.isfinite(getattr(settings, name)), "a finite number") for name in _FLOATS),
         ("max_aspect", settings.max_aspect >= 1, "at least 1"),
         ("size_jitter", 0 <= settings.size_jitter < 1, "0 to below 1"),
         ("truncation", 0 <= settings.truncation <= 1, "0 to 1"),
@@ -181,6 +183,9 @@ def check(settings: Settings) -> None:
             raise ValueError(f"--{option}: {getattr(settings, name)}, expected {expected}")
 
 
+_FLOATS = [
+    name for name, spec in Settings.__dataclass_fields__.items() if isinstance(spec.default, float)
+]
 _NOT_NEGATIVE = ("train_images", "val_images", "clutter", "seed", "max_rotation")
 
 

@@ -30,26 +30,30 @@ _BRANCH_AP = re.compile(r"(?!ema/)(\w+)/bbox/AP")
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read ``metrics.json``: one record per iteration, in order.
 
-    A line cut off by an interruption is skipped. Where a resumed run has written an iteration
-    again, the later values count.
+    A line cut off by an interruption, or damaged, is skipped. Where a resumed run has written an
+    iteration again, the later values count.
     """
     records: dict[int, dict[str, Any]] = {}
-    for line in path.read_text().splitlines():
+    for line in path.read_bytes().splitlines():
         try:
             record = json.loads(line)
-            iteration = record["iteration"]
-        except (ValueError, KeyError, TypeError):
+            iteration = int(record["iteration"])
+        except (ValueError, KeyError, TypeError, OverflowError):
             continue
         if "total_loss" in record:  # resumed from here: what lay beyond was lost
             records = {i: r for i, r in records.items() if i <= iteration}
-        records.setdefault(iteration, {}).update(record)
+        records.setdefault(iteration, {}).update(record, iteration=iteration)
     return [records[iteration] for iteration in sorted(records)]
 
 
 def series(records: Iterable[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
     """Iterations that have a number under `key`, and those numbers."""
-    found = [(r["iteration"], r[key]) for r in records if isinstance(r.get(key), (int, float))]
+    found = [(r["iteration"], r[key]) for r in records if _is_number(r.get(key))]
     return [iteration for iteration, _ in found], [value for _, value in found]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
 
 
 def loss_groups(record: dict[str, Any]) -> dict[str, list[str]]:
@@ -81,9 +85,9 @@ def _plot_losses(axes: Axes, records: list[dict[str, Any]]) -> None:
     terms = list(dict.fromkeys(_term_of(curve) for curve in every))
     for curve, keys in every.items():
         summed = [
-            {"iteration": r["iteration"], curve: sum(r[k] for k in keys if k in r)}
+            {"iteration": r["iteration"], curve: sum(r[k] for k in keys if _is_number(r.get(k)))}
             for r in records
-            if any(k in r for k in keys)
+            if any(_is_number(r.get(k)) for k in keys)
         ]
         axes.plot(
             *series(summed, curve),
@@ -133,6 +137,8 @@ def _plot_branches(axes: Axes, records: list[dict[str, Any]], branches: list[str
     student = dict(zip(*series(records, "student/bbox/AP"), strict=True))
     for name in branches:
         iterations, values = series(records, f"{name}/bbox/AP")
+        if not values:
+            continue
         label = f"{name} {values[-1]:.1f}"  # at the curves' ends they would cover one another
         if name != "student" and iterations[-1] in student:
             label += f" ({values[-1] - student[iterations[-1]]:+.1f})"

@@ -86,6 +86,10 @@ def parse(arguments: list[str] | None, presets: Mapping[str, Preset]) -> argpars
     args.work = args.work or Path("output/study", args.preset.name)
     if args.jobs < 1:
         raise UserError(f"--jobs: {args.jobs}, expected at least 1")
+    output = args.output.absolute()
+    existing = next(path for path in (output, *output.parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"--output: {existing} is a file, expected a folder")
     if args.budget is not None and not args.budget >= 0:
         raise UserError(f"--budget: {args.budget:g}, expected minutes, at least 0")
     return args
@@ -93,12 +97,14 @@ def parse(arguments: list[str] | None, presets: Mapping[str, Preset]) -> argpars
 
 def _seeds(text: str) -> tuple[int, ...]:
     seeds = tuple(dict.fromkeys(int(word) for word in text.split(",")))
-    if min(seeds) < 0:
+    if min(seeds) < 0 or max(seeds) >= 2**32:  # numpy's limit
         raise ValueError(text)
     return seeds
 
 
-_seeds.__name__ = "seeds (whole numbers from 0 on, with commas)"  # what argparse calls the type
+_seeds.__name__ = (
+    "seeds (whole numbers from 0 to 4294967295, with commas)"  # what argparse calls the type
+)
 
 
 # --- the steps ----------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 from detectron2.config import LazyConfig
@@ -78,6 +79,12 @@ def _as_yaml(config: DictConfig) -> str:
         path = Path(folder, "config.yaml")
         LazyConfig.save(config, str(path))
         return path.read_text()
+
+
+def _is_part(part: Any) -> bool:
+    """Whether this is a start, maybe with an end, in seconds."""
+    times = isinstance(part, list) and all(isinstance(moment, int | float) for moment in part)
+    return times and len(part) in (1, 2)
 
 
 class RunFolder:
@@ -176,10 +183,13 @@ class RunFolder:
         try:
             state = json.loads(self._state.read_text())
             digest, parts = state["settings"], state["parts"]
+            intact = isinstance(digest, str) and all(_is_part(part) for part in parts)
         except FileNotFoundError:
             return "", []
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"{self._state} is damaged: remove {self.path}") from None
+            intact = False
+        if not intact:
+            raise UserError(f"{self._state} is damaged: remove {self.path}")
         return digest, [part if len(part) == 2 else [part[0], self._last_seen()] for part in parts]
 
     def _last_seen(self) -> float:

@@ -17,6 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from engine.annotations import explain_fault
 from engine.errors import UserError, exit_code_of
 
 OTHER = {"train2017": "val2017", "val2017": "train2017", "train": "val", "val": "train"}
@@ -92,14 +93,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line."""
     args = parse(arguments)
+    source = args.source / "annotations" / f"instances_{args.split}.json"
     splits = [args.split, OTHER[args.split]] if args.as_val else [args.split]
     try:
-        source = args.source / "annotations" / f"instances_{args.split}.json"
         content = choose(json.loads(source.read_text()), args.images, args.seed)
         for split in splits:
             write_subset(content, args.source / args.split, args.output, split)
     except (OSError, ValueError) as error:
         raise UserError(str(error)) from None
+    except (AttributeError, KeyError, TypeError) as error:
+        explain_fault(source)
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{source} is not a COCO annotation file: {reason}") from error
     print(
         f"{args.images} images with {len(content['annotations'])} annotations "
         f"as {' and '.join(splits)} in {args.output}"

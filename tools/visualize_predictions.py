@@ -17,13 +17,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import projects  # noqa: F401  (makes detectron2 importable)
 
 # isort: split
-from detectron2.config import LazyConfig
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image, ImageDraw, ImageFont
 
+from engine.boxes import is_box
+from engine.config import read_config
 from engine.errors import UserError, exit_code_of
 from engine.registration import register_shapes
-from engine.yaml_tags import check_tags
 
 TRUTH, PREDICTION, CROWD = (70, 230, 90), (255, 90, 40), (150, 150, 150)
 TILE = 320
@@ -122,6 +122,33 @@ def find_results(output_dir: Path) -> Path:
     return max(found, key=lambda path: path.stat().st_mtime)
 
 
+def read_results(path: Path, names: dict[int, str]) -> list[dict[str, Any]]:
+    """Read the predictions of a file in COCO's format.
+
+    Raises:
+        ValueError: it is no list of boxes with a score, each of a category in ``names``.
+    """
+    try:
+        items = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no json: {error}") from None
+    if not isinstance(items, list):
+        raise ValueError(f"{path} holds a {type(items).__name__}, expected a list of predictions")
+    for index, item in enumerate(items):
+        valid = isinstance(item, dict) and is_box(item.get("bbox")) and "image_id" in item
+        if not (valid and isinstance(item.get("score"), int | float)):
+            raise ValueError(
+                f"{path}: prediction {index} is {str(item)[:80]}, expected image_id, category_id, "
+                "a bbox of 4 numbers and a score"
+            )
+        if item.get("category_id") not in names:
+            raise ValueError(
+                f"{path}: prediction {index} has the category_id {item.get('category_id')}, "
+                "which the data set lacks"
+            )
+    return items
+
+
 def draw_dataset(
     dataset: str, results: Path, count: int, columns: int, threshold: float
 ) -> Image.Image:
@@ -132,7 +159,7 @@ def draw_dataset(
     content = json.loads(Path(metadata.json_file).read_text())
     names = {category["id"]: category["name"] for category in content["categories"]}
     truth = by_image(content["annotations"])
-    kept = [p for p in json.loads(results.read_text()) if p["score"] >= threshold]
+    kept = [p for p in read_results(results, names) if p["score"] >= threshold]
     predicted = by_image(kept)
     tiles = []
     for record in spread(content["images"], count):
@@ -156,8 +183,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     register_shapes()
     if args.config_file:
-        check_tags(args.config_file)
-        LazyConfig.load(args.config_file)
+        read_config(args.config_file)
     try:
         results = find_results(args.output_dir)
         picture = draw_dataset(args.dataset, results, args.images, args.columns, args.threshold)

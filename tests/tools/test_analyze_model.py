@@ -93,6 +93,25 @@ def test_the_table_goes_as_deep_as_asked() -> None:
     assert len(table(model, flops, 2).splitlines()) == 2 + 4
 
 
+class Scaled(nn.Module):
+    """A detector whose boxes are those of an image of the size that its record states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.boxes = nn.Linear(3, 4)
+
+    def forward(self, batch: list[dict]) -> list[dict]:
+        boxes = self.boxes(batch[0]["image"].mean((1, 2))[None])
+        size = (batch[0]["height"], batch[0]["width"])
+        found = Instances(size, pred_boxes=Boxes(boxes * size[0]))
+        found.scores, found.pred_classes = boxes[:, 0], boxes[:, 1]
+        return [{"instances": found}]
+
+
+def test_the_record_has_the_image_s_size() -> None:
+    assert count_multiply_adds(Scaled().eval(), (4, 6)).total() == 12
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "millions", "giga", "tolerance"),

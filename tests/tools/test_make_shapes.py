@@ -299,6 +299,9 @@ def test_options_override_the_preset():
         (["--min-objects", "5"], "--max-objects: 4, expected at least min-objects"),
         (["--empty-share", "1.5"], "--empty-share: 1.5, expected 0 to 1"),
         (["--train-images", "-1"], "--train-images: -1, expected at least 0"),
+        (["--max-aspect", "inf"], "--max-aspect: inf, expected a finite number"),
+        (["--max-rotation", "inf"], "--max-rotation: inf, expected a finite number"),
+        (["--object-contrast", "nan"], "--object-contrast: nan, expected a finite number"),
         (["--workers", "0"], "--workers: 0, expected at least 1"),
     ],
 )

@@ -118,3 +118,16 @@ def test_errors_are_one_line(tmp_path):
     (tmp_path / "metrics.json").write_text('{"half')
     with pytest.raises(UserError, match="holds no record"):
         plot_metrics.main(["--output-dir", str(tmp_path)])
+
+
+def test_values_that_are_no_numbers_are_left_out(tmp_path):
+    path = tmp_path / "metrics.json"
+    path.write_bytes(
+        b'\xff\xfe\n{"iteration": 1, "total_loss": 2.0, "loss_class": null, "loss_bbox": "x"}\n'
+        b'{"iteration": null, "total_loss": 1}\n{"iteration": [1]}\n{"iteration": 1e400}\n'
+        b'{"iteration": "2", "total_loss": 1.5, "loss_class": 1.0, "share/bbox/AP": "a"}\n'
+    )
+    records = plot_metrics.read_metrics(path)
+    assert plot_metrics.series(records, "total_loss") == ([1, 2], [2.0, 1.5])
+    plot_metrics.main(["--output-dir", str(tmp_path)])
+    assert (tmp_path / "curves.png").is_file()

@@ -292,6 +292,9 @@ def test_a_failing_run_is_named_and_the_others_go_on(study, tmp_path, monkeypatc
         (["--jobs", "0"], "--jobs: 0, expected at least 1"),
         (["--budget", "-1"], "--budget: -1, expected minutes"),
         (["--seeds", "1,x"], "invalid seeds"),
+        (["--seeds", "4294967296"], "invalid seeds"),
+        (["--output", __file__], "test_study_command.py is a file, expected a folder"),
+        (["--output", f"{__file__}/w"], "test_study_command.py is a file, expected a folder"),
         (["--work", "/dev/null/x"], "--work: cannot write to /dev/null/x"),
     ],
 )

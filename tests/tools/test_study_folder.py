@@ -136,8 +136,20 @@ def test_progress_is_that_of_the_log(folder):
     assert folder.last_lines(2) == ["two", "three"]
 
 
-def test_a_damaged_state_is_named(folder):
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"settings": "a"}',
+        '{"settings": 5, "parts": []}',
+        '{"settings": "a", "parts": 5}',
+        '{"settings": "a", "parts": [[]]}',
+        '{"settings": "a", "parts": [["x", 2]]}',
+    ],
+)
+def test_a_damaged_state_is_named(folder, text):
     begin(folder)
-    (folder.path / "state.json").write_text("{")
+    (folder.path / "state.json").write_text(text)
     with pytest.raises(UserError, match=r"state.json is damaged: remove .*seed0"):
         folder.is_begun("a")

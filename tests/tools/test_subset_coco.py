@@ -110,3 +110,25 @@ def test_file_names_cannot_leave_the_folder(tmp_path):
     (source / "annotations" / "instances_train2017.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match="expected a path below"):
         run(source, tmp_path / "tiny", "--images", "1")
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"images": [{"id": 1}], "annotations": []}'])
+def test_what_is_no_annotation_file_is_named(tmp_path, text):
+    source = write_coco(tmp_path / "coco")
+    (source / "annotations" / "instances_train2017.json").write_text(text)
+    with pytest.raises(UserError) as caught:
+        run(source, tmp_path / "out", "--images", "2")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "instances_train2017.json" in message or "0 images with a box" in message
+
+
+def test_an_image_without_a_name_is_named(tmp_path):
+    source = write_coco(tmp_path / "coco")
+    path = source / "annotations" / "instances_train2017.json"
+    content = json.loads(path.read_text())
+    for image in content["images"]:
+        del image["file_name"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"instances_train2017.json: image 0 has the file_name"):
+        run(source, tmp_path / "out", "--images", "2")

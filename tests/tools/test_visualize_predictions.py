@@ -105,3 +105,29 @@ def test_errors_are_one_line(dataset, tmp_path_factory):
         vis.main(["--output-dir", str(dataset), "--dataset", "nonsense"])
     with pytest.raises(UserError, match="evaluate first"):
         vis.main(["--output-dir", str(tmp_path_factory.mktemp("none")), "--dataset", "drawn"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[", "is no json"),
+        ("{}", "holds a dict, expected a list of predictions"),
+        ("[1]", "prediction 0 is 1, expected image_id"),
+        ('[{"image_id": 1, "category_id": 7, "bbox": [1, 2, 3, 4], "score": null}]', "and a score"),
+        ('[{"image_id": 1, "category_id": 7, "bbox": [1, 2, 3], "score": 1}]', "a bbox of 4 numb"),
+        ('[{"image_id": 1, "category_id": 9, "bbox": [1, 2, 3, 4], "score": 1}]', "category_id 9"),
+    ],
+)
+def test_predictions_that_cannot_be_drawn_are_named(dataset, text, message):
+    path = vis.find_results(dataset)
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        vis.main(["--output-dir", str(dataset), "--dataset", "drawn"])
+    assert str(caught.value).startswith(str(path))
+    assert message in str(caught.value)
+
+
+def test_a_missing_config_is_named(dataset):
+    arguments = ["--output-dir", str(dataset), "--dataset", "drawn"]
+    with pytest.raises(UserError, match=r"config file nothing\.py not found"):
+        vis.main([*arguments, "--config-file", "nothing.py"])
