@@ -28,7 +28,7 @@ def rehearse_evaluation(config: DictConfig, model: nn.Module) -> None:
     with preserve_rng():  # as if there had been no rehearsal
         loader = build_loader(config.dataloader.test)
         build("dataloader.evaluator", node)
-        with construction("the first image of dataloader.test"):
+        with construction("a sample of dataloader.test"):
             load_first(loader)
     check_class_count(dataset_names(config.dataloader.test), model, exactly=True)
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from detectron2.utils import comm
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from .building import construction
@@ -48,8 +49,13 @@ def require_settings(config: DictConfig, *, training: bool) -> None:
         UserError: names it.
     """
     keys = [f"train.{key}" for key in _READ + (_READ_IN_TRAINING if training else ())]
-    for key in ["dataloader.test", *(["dataloader.train"] if training else []), *keys]:
-        if OmegaConf.select(config, key) is None:
+    keys += ["evaluation.branch", "dataloader.test", *(["dataloader.train"] if training else [])]
+    for key in keys:
+        try:
+            value = OmegaConf.select(config, key)
+        except OmegaConfBaseException as error:  # it refers to what is not there
+            raise UserError(f"{key}: {str(error).splitlines()[0]}") from error
+        if value is None:
             raise UserError(f"{key} is missing or null, expected a value")
     for key in ("dataloader.test", "dataloader.train"):
         node = OmegaConf.select(config, key)

@@ -49,6 +49,8 @@ def fails(tmp_path, *overrides, **options):
         ("~dataloader.test", "dataloader.test is missing or null, expected a value"),
         ("~train.max_iter", "train.max_iter is missing or null, expected a value"),
         ("train.amp=null", "train.amp.enabled is missing or null, expected a value"),
+        ("evaluation=null", "evaluation.branch is missing or null, expected a value"),
+        ("train.max_iter=${train.foo}", "train.max_iter: Interpolation key 'train.foo' not found"),
         ("~model", "with these overrides the config has no 'model', expected model, "),
         ("train=null", "with these overrides the config has no 'train', expected model, "),
         ("+optimizer=5", "with these overrides the config has the value 5 as 'optimizer'"),
@@ -99,7 +101,10 @@ def test_a_resumed_run_needs_no_initial_weights(tmp_path):
         ("dataloader.evaluator.tasks=[segm]", "cannot build dataloader.evaluator: NotImplemented"),
         ("dataloader.evaluator.max_dets_per_image=abc", "cannot build dataloader.evaluator: Value"),
         ("dataloader.test.dataset.names=[tiny_train,tiny_train]", "cannot build dataloader.evalu"),
-        ("dataloader.test.mapper.image_format=XYZ", "cannot build the first image of dataloader."),
+        (
+            "dataloader.test.mapper.image_format=XYZ",
+            "cannot build a sample of dataloader.test: Value",
+        ),
     ],
 )
 def test_an_evaluation_that_would_fail_is_refused_before_training(tmp_path, override, message):
