@@ -1,16 +1,18 @@
 """One or several processes: started here, or by torchrun."""
 
 import argparse
+import contextlib
 import logging
 import multiprocessing
 import os
+import select
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
 from multiprocessing import resource_tracker
-from typing import Any
 from urllib.parse import urlsplit
 
 import torch
@@ -64,7 +66,7 @@ def _run_under_torchrun(work: Callable, args: argparse.Namespace) -> int:
 def _run_launched(work: Callable, args: argparse.Namespace) -> int:
     check_gpu_count(args.num_gpus)
     check_meeting(args)
-    with _Signals() as signals:
+    with _Signals(args.num_gpus) as signals:
         try:
             launch(
                 _exit_with_code,
@@ -117,16 +119,24 @@ class _Signals:
 
     A terminal sends Ctrl-C to all processes. One that is still starting would print a traceback, so
     they are started with SIGINT blocked, and SIGTERM is passed on for it.
+
+    Args:
+        count: processes; one that is not there yet gets the signal once it is.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, count: int) -> None:
+        self._count = count
         self._received = 0
+        self._told: set[int] = set()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._wait, daemon=True)
+        self._reader, self._writer = socket.socketpair()
 
     def __enter__(self) -> "_Signals":
+        self._writer.setblocking(False)
+        signal.set_wakeup_fd(self._writer.fileno())  # the main thread may sleep through a signal
         for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, self._pass_on)
+            signal.signal(signum, lambda *_: None)
         resource_tracker.ensure_running()  # which unblocks SIGINT when it starts
         self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         self._thread.start()
@@ -136,6 +146,9 @@ class _Signals:
         self._over.set()
         self._thread.join()
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+        signal.set_wakeup_fd(-1)
+        self._reader.close()
+        self._writer.close()
 
     def code_of(self, ended: ProcessExitedException) -> int:
         """Return the run's exit code after a process ended; tell of a violent end unless asked."""
@@ -149,13 +162,19 @@ class _Signals:
         return code
 
     def _wait(self) -> None:
-        """Take the SIGINTs that are blocked."""
+        """Pass signals on, also to processes that have come since."""
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # here alone
         while not self._over.is_set():
-            if signal.sigtimedwait({signal.SIGINT}, 0.2):
-                self._pass_on(signal.SIGINT, None)
+            if select.select([self._reader], [], [], 0.2)[0]:
+                signum = self._reader.recv(1)[0]
+                self._received = self._received or signum
+                self._told.clear()
+            if self._received and len(self._told) < self._count:
+                self._tell()
 
-    def _pass_on(self, signum: int, _frame: Any) -> None:
-        self._received = self._received or signum
+    def _tell(self) -> None:
         for child in multiprocessing.active_children():
-            if child.pid is not None:
-                os.kill(child.pid, signal.SIGTERM)
+            if child.pid is not None and child.pid not in self._told:
+                self._told.add(child.pid)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child.pid, signal.SIGTERM)
