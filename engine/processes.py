@@ -134,7 +134,8 @@ class _Signals:
 
     def __enter__(self) -> "_Signals":
         self._writer.setblocking(False)
-        signal.set_wakeup_fd(self._writer.fileno())  # the main thread may sleep through a signal
+        # the main thread may sleep through a signal
+        self._former = signal.set_wakeup_fd(self._writer.fileno())
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, lambda *_: None)
         resource_tracker.ensure_running()  # which unblocks SIGINT when it starts
@@ -146,7 +147,7 @@ class _Signals:
         self._over.set()
         self._thread.join()
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
-        signal.set_wakeup_fd(-1)
+        signal.set_wakeup_fd(self._former)
         self._reader.close()
         self._writer.close()
 
@@ -167,8 +168,9 @@ class _Signals:
         while not self._over.is_set():
             if select.select([self._reader], [], [], 0.2)[0]:
                 signum = self._reader.recv(1)[0]
-                self._received = self._received or signum
-                self._told.clear()
+                if signum in (signal.SIGTERM, signal.SIGINT):  # others may have handlers, too
+                    self._received = self._received or signum
+                    self._told.clear()
             if self._received and len(self._told) < self._count:
                 self._tell()
 

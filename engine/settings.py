@@ -49,7 +49,7 @@ def require_settings(config: DictConfig, *, training: bool) -> None:
         UserError: names it.
     """
     keys = [f"train.{key}" for key in _READ + (_READ_IN_TRAINING if training else ())]
-    keys += ["evaluation.branch", "dataloader.test", *(["dataloader.train"] if training else [])]
+    keys += ["evaluation", "dataloader.test", *(["dataloader.train"] if training else [])]
     for key in keys:
         try:
             value = OmegaConf.select(config, key)

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -135,8 +136,10 @@ def test_what_we_import_is_what_we_require() -> None:
 def checkout(tmp_path: Path) -> Path:
     """Return a copy of the files that an installation reads."""
     folder = tmp_path / "checkout"
-    (folder / "tools").mkdir(parents=True)
-    for name in ("pyproject.toml", "setup.py", "Makefile", "tools/setup_env.py"):
+    for name in ("tools", "ops"):
+        (folder / name).mkdir(parents=True)
+    files = ("pyproject.toml", "setup.py", "Makefile", "tools/setup_env.py", "ops/_sources.py")
+    for name in files:
         shutil.copy(ROOT / name, folder / name)
     return folder
 
@@ -262,13 +265,15 @@ def test_sources_become_an_importable_extension(checkout: Path) -> None:
     ("source", "compiler"), [(TINY_EXTENSION, "/nonexistent"), ("not C++", "c++")]
 )
 def test_failed_build_is_a_warning(checkout: Path, source: str, compiler: str) -> None:
-    stale = checkout / "ops" / "_C.old.so"
-    stale.parent.mkdir()
+    stale = checkout / "ops" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    other = checkout / "ops" / "_C.cpython-12-of-another-python.so"
     stale.touch()
+    other.touch()
     result = build(checkout, source, CXX=compiler)
     assert result.returncode == 0
     assert result.stderr.count("warning: compiled operators were not built (") == 1
     assert not stale.exists()
+    assert other.exists()
 
 
 def test_without_sources_there_is_nothing_to_build(checkout: Path) -> None:

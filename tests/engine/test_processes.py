@@ -30,8 +30,10 @@ def _work(args: argparse.Namespace) -> int:
 
 @pytest.fixture
 def former_handlers():
-    """Puts the signal handlers back that a launcher has replaced."""
-    former = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
+    """Puts back the handlers that a launcher replaces; sets one that it need not care for."""
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
+    former = {signum: signal.getsignal(signum) for signum in signals}
+    signal.signal(signal.SIGCHLD, lambda *_: None)
     yield
     for signum, handler in former.items():
         signal.signal(signum, handler)
