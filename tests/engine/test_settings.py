@@ -49,7 +49,7 @@ def fails(tmp_path, *overrides, **options):
         ("~dataloader.test", "dataloader.test is missing or null, expected a value"),
         ("~train.max_iter", "train.max_iter is missing or null, expected a value"),
         ("train.amp=null", "train.amp.enabled is missing or null, expected a value"),
-        ("evaluation=null", "evaluation.branch is missing or null, expected a value"),
+        ("evaluation=null", "evaluation is missing or null, expected a value"),
         ("train.max_iter=${train.foo}", "train.max_iter: Interpolation key 'train.foo' not found"),
         ("~model", "with these overrides the config has no 'model', expected model, "),
         ("train=null", "with these overrides the config has no 'train', expected model, "),

@@ -18,6 +18,7 @@ from projects.detr_distill.queries import QueryAdapter
 from projects.detr_distill.teacher import load_teacher
 
 
+@pytest.mark.slow
 def test_a_compiled_step_is_the_eager_one():
     steps = []
     for compiled in (False, True):
