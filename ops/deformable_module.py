@@ -223,14 +223,16 @@ def samples_first(value: Tensor, locations: Tensor) -> bool:
 
     Projecting takes S * C * C products and keeps S * C numbers for the backward pass; sampling
     takes N * H * V * P * 4 * C products from scattered rows, each as long as three or four in a
-    matrix product on a CPU. Elsewhere products are too cheap for this. What is traced projects, as
-    sizes may change later.
+    matrix product on a CPU. Elsewhere products are too cheap for this. What is traced, or exported
+    for any size, projects, as sizes may change later.
 
     Args:
         value: (B, S, C), not projected.
         locations: (B, N, H, V, P, 2).
     """
-    if value.device.type != "cpu" or torch.jit.is_tracing() or torch.compiler.is_exporting():
+    sizes = *value.shape[1:], *locations.shape[1:]
+    unknown = torch.jit.is_tracing() or any(isinstance(size, torch.SymInt) for size in sizes)
+    if value.device.type != "cpu" or unknown:
         return False
     corners = 4 * math.prod(locations.shape[1:5])
     return 4 * corners <= value.shape[1] * value.shape[2]

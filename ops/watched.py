@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
 
 def is_watched(*modules: nn.Module) -> bool:
     """Whether calling one of the modules does more than its class says: there are hooks."""
-    return _has_any_global_hook() or any(map(_has_hook, modules))
+    by_others = _has_any_global_hook() and not torch.compiler.is_exporting()  # which sets its own
+    return by_others or any(map(_has_hook, modules))
 
 
 def _has_hook(module: nn.Module) -> bool:
