@@ -55,6 +55,8 @@ def float_boxes(record: dict) -> dict:
 
 def _with_float_box(annotation: dict) -> dict:
     box = annotation.get("bbox")
+    if type(box) is list and all(type(number) is float for number in box):  # nearly all are
+        return annotation
     if box is None or not is_box(box) or all(isinstance(number, float) for number in box):
         return annotation
     return {**annotation, "bbox": [float(number) for number in box]}

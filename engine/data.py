@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .boxes import drop_bad_boxes, float_boxes
 from .errors import LocalError, UserError
-from .rng import seeded
+from .rng import preserve_rng, seed_cpu
 
 __all__ = ["BatchStream", "ResumableTrainLoader", "build_resumable_train_loader", "image_fault"]
 
@@ -176,7 +176,7 @@ class _Restartable:
 
 
 class _SeededSamples(Dataset):
-    """Maps (position, index) to (sample, faults of the images met on the way)."""
+    """Maps (position, index) to (sample, faults of the images met on the way), batch by batch."""
 
     def __init__(
         self, dataset: Any, mapper: Callable[[dict], Any], groups: Sequence[int], seed: int
@@ -190,13 +190,20 @@ class _SeededSamples(Dataset):
         return len(self._dataset)
 
     def __getitem__(self, key: Key) -> tuple[Any, list[str]]:
-        position, index = key
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: list[Key]) -> list[tuple[Any, list[str]]]:
+        # once for a batch, since copying the generators costs as much as a small image
+        with preserve_rng(cuda=False):
+            return [self._sample(*key) for key in keys]
+
+    def _sample(self, position: int, index: int) -> tuple[Any, list[str]]:
         skipped: list[str] = []
         for candidate in self._candidates(index):
             record = float_boxes(self._dataset[candidate])
             try:
-                with seeded(self._seed, position):
-                    sample = self._mapper(record)
+                seed_cpu(self._seed, position)
+                sample = self._mapper(record)
             except Exception:
                 fault = image_fault(record.get("file_name"))
                 if not fault:

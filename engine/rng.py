@@ -1,4 +1,4 @@
-"""Random number generators: capture, restore, and seed all of them for a while."""
+"""Random number generators: capture, restore and seed all of them."""
 
 import contextlib
 import random
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["get_rng_state", "preserve_rng", "seeded", "set_rng_state"]
+__all__ = ["get_rng_state", "preserve_rng", "seed_cpu", "set_rng_state"]
 
 
 def get_rng_state() -> dict[str, Any]:
@@ -41,7 +41,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
 @contextlib.contextmanager
 def preserve_rng(cuda: bool = True) -> Iterator[None]:
     """Run the body, then put every generator back to where it was."""
-    # every sample passes here: the generators' own formats, without converting them
+    # every batch passes here: the generators' own formats, without converting them
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     device = torch.cuda.get_rng_state() if cuda and torch.cuda.is_available() else None
     try:
@@ -54,12 +54,9 @@ def preserve_rng(cuda: bool = True) -> Iterator[None]:
             torch.cuda.set_rng_state(device)
 
 
-@contextlib.contextmanager
-def seeded(*entropy: int) -> Iterator[None]:
-    """Run the body with the CPU generators seeded from ``entropy``, then put them back."""
+def seed_cpu(*entropy: int) -> None:
+    """Seed the CPU generators from ``entropy``."""
     python_seed, numpy_seed, torch_seed = np.random.SeedSequence(entropy).generate_state(3).tolist()
-    with preserve_rng(cuda=False):
-        random.seed(python_seed)
-        np.random.seed(numpy_seed)
-        torch.default_generator.manual_seed(torch_seed)  # leaves the CUDA generators alone
-        yield
+    random.seed(python_seed)
+    np.random.seed(numpy_seed)
+    torch.default_generator.manual_seed(torch_seed)  # leaves the CUDA generators alone

@@ -22,7 +22,7 @@ from engine.boxes import drop_bad_boxes, float_boxes
 from engine.data import BatchStream, build_resumable_train_loader, image_fault
 from engine.datasets import build_loader
 from engine.errors import UserError
-from engine.rng import get_rng_state, preserve_rng, seeded, set_rng_state
+from engine.rng import get_rng_state, preserve_rng, seed_cpu, set_rng_state
 
 
 def take(iterable, count):
@@ -126,12 +126,34 @@ def test_rng_state_survives_a_file(tmp_path):
 
 
 def test_preserve_and_seed():
-    with seeded(1, 2):
-        first = random.random(), np.random.rand(), torch.rand(()).item()
-    with preserve_rng(), seeded(1, 2):
-        assert first == (random.random(), np.random.rand(), torch.rand(()).item())
-    with seeded(1, 3):
-        assert random.random() != first[0]
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(()).item()
+
+    def drawn(*entropy):
+        with preserve_rng(cuda=False):
+            seed_cpu(*entropy)
+            return draw()
+
+    seed_cpu(1, 2)
+    first, second = draw(), draw()
+    seed_cpu(1, 2)
+    assert first == draw()
+    assert drawn(1, 2) == first
+    assert all(a != b for a, b in zip(drawn(1, 3), first, strict=True))
+    assert second == draw()  # as if nothing had been drawn in between
+
+
+def test_a_batch_holds_the_samples_that_single_ones_are():
+    def mapper(record):
+        return record["width"], random.random(), np.random.rand(), torch.rand(()).item()
+
+    samples = make_loader(mapper=mapper).samples
+    keys = [(7, 2), (0, 0), (3, 2)]
+    before = torch.get_rng_state()
+    together = samples.__getitems__(keys)
+    assert together == [samples[key] for key in keys]
+    assert len({sample for sample, _ in together}) == 3  # each with its own numbers
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_batch_must_divide(monkeypatch):

@@ -181,7 +181,7 @@ def test_a_file_that_is_not_finished_leaves_the_old_one(records, tmp_path, monke
     evaluate(records, DETECTIONS, output_dir=str(tmp_path))
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
 
-    def interrupted(content, file):
+    def interrupted(content, file, **options):
         file.write(b"half of the ne")
         raise KeyboardInterrupt
 

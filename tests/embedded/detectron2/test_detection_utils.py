@@ -139,6 +139,19 @@ def test_annotations_transform_like_recorded():
     assert mask.tolist() == [True, True, True, False, False]
 
 
+@embedded_only
+def test_boxes_transform_together_as_alone():
+    given = annotations()
+    odd = [0.1, 1 / 3, 4.7, 2 / 3]
+    given += [{**given[0], "bbox": odd, "bbox_mode": mode} for mode in (0, 1)]
+    size, transforms = (13, 18), [T.HFlipTransform(31), T.ResizeTransform(23, 31, 13, 18)]
+    for chosen in (given, given[:2], given[-2:-1], given[-1:]):
+        together = utils.transform_boxes(chosen, transforms, size)
+        alone = [utils.transform_instance_annotations(dict(a), transforms, size) for a in chosen]
+        assert together.tolist() == [annotation["bbox"].tolist() for annotation in alone]
+    assert utils.transform_boxes([], transforms, size).shape == (0, 4)
+
+
 def test_no_annotations_give_empty_instances():
     instances = utils.annotations_to_instances([], (3, 4))
     assert instances.gt_boxes.tensor.shape == (0, 4)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from fvcore.transforms.transform import Transform
 
-from detectron2.structures import Instances
+from detectron2.structures import BoxMode, Instances
 
 from . import detection_utils as utils
 from . import transforms as T
@@ -60,8 +60,6 @@ class DatasetMapper:
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         """Return a new dict with "image", uint8 of shape (C, H, W), and "instances" in training."""
         record = dict(dataset_dict)
-        if "annotations" in record:  # polygons are long and not needed: cheaper than a deep copy
-            record["annotations"] = [dict(annotation) for annotation in record["annotations"]]
         image = utils.read_image(record["file_name"], format=self.image_format)
         utils.check_image_size(record, image)
         aug_input = T.AugInput(image)
@@ -80,9 +78,10 @@ def _instances(
 ) -> Instances:
     """Transform annotations; drop those of crowds and those left empty."""
     kept = [annotation for annotation in annotations if not annotation.get("iscrowd", 0)]
-    for annotation in kept:
-        annotation.pop("segmentation", None)
-        annotation.pop("keypoints", None)
-        utils.transform_instance_annotations(annotation, transforms, image_size)
-    instances = utils.annotations_to_instances(kept, image_size)
+    boxes = utils.transform_boxes(kept, transforms, image_size)
+    transformed = [
+        {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": annotation["category_id"]}
+        for box, annotation in zip(boxes, kept, strict=True)
+    ]
+    instances = utils.annotations_to_instances(transformed, image_size)
     return utils.filter_empty_instances(instances)  # type: ignore[return-value]

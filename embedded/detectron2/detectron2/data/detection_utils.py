@@ -21,6 +21,7 @@ __all__ = [
     "convert_image_to_rgb",
     "filter_empty_instances",
     "read_image",
+    "transform_boxes",
     "transform_instance_annotations",
 ]
 
@@ -128,15 +129,45 @@ def transform_instance_annotations(
         NotImplementedError: if the annotation has a segmentation or keypoints.
     """
     _refuse_masks_and_keypoints(annotation)
-    if not isinstance(transforms, Transform):
-        transforms = TransformList(transforms)
-    box = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
-    height, width = image_size
-    annotation["bbox"] = np.clip(
-        transforms.apply_box(np.array([box], dtype=float))[0], 0, [width, height, width, height]
-    )
+    annotation["bbox"] = transform_boxes([annotation], transforms, image_size)[0]
     annotation["bbox_mode"] = BoxMode.XYXY_ABS
     return annotation
+
+
+def transform_boxes(
+    annotations: Sequence[dict],
+    transforms: TransformList | Sequence[Transform],
+    image_size: tuple[int, int],
+) -> np.ndarray:
+    """Transform the boxes of annotations and clip them to the image.
+
+    Args:
+        annotations: with "bbox" and "bbox_mode".
+        transforms: to apply.
+        image_size: (height, width) of the transformed image.
+
+    Returns:
+        xyxy boxes of shape (N, 4).
+    """
+    if not annotations:
+        return np.zeros((0, 4))
+    if not isinstance(transforms, Transform):
+        transforms = TransformList(transforms)
+    height, width = image_size
+    corners = [width, height, width, height]
+    return np.clip(transforms.apply_box(_corners_of(annotations)), 0, corners)
+
+
+def _corners_of(annotations: Sequence[dict]) -> np.ndarray:
+    modes = {annotation["bbox_mode"] for annotation in annotations}
+    boxes = [annotation["bbox"] for annotation in annotations]
+    if len(modes) > 1:
+        return np.concatenate([_corners_of([annotation]) for annotation in annotations])
+    mode = modes.pop()
+    if mode == BoxMode.XYXY_ABS:
+        return np.array(boxes, dtype=float)
+    numbers = torch.tensor(boxes, dtype=torch.float32)  # as in the conversion of a single box
+    return BoxMode.convert(numbers, mode, BoxMode.XYXY_ABS).double().numpy()
 
 
 def annotations_to_instances(

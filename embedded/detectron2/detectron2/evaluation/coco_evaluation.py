@@ -7,9 +7,10 @@ import json
 import logging
 import math
 import os
+import pickle
 from collections.abc import Sequence
 from numbers import Real
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -185,7 +186,7 @@ class COCOEvaluator(DatasetEvaluator):
                 file.write(json.dumps(content))  # to a string: json.dump's encoder is slow
         else:
             with whole_file(path, "wb") as file:
-                torch.save(content, file)
+                torch.save(content, file, pickle_module=_PlainPickle)
 
     def _evaluate_boxes(
         self, detections: list[dict], img_ids: Sequence[int] | None
@@ -235,6 +236,17 @@ class COCOEvaluator(DatasetEvaluator):
         table = pair_table(pairs, ("category", "AP"))
         self._logger.info("AP of boxes by category:\n%s", table)
         return {f"AP-{name}": ap for name, ap in pairs}
+
+
+class _PlainPickle:
+    """For torch.save, in place of the module: without asking whether each number is a tensor."""
+
+    class Pickler:
+        def __init__(self, file: IO[bytes], protocol: int):
+            self._pickler = pickle.Pickler(file, protocol)
+
+        def dump(self, content: Any) -> None:
+            self._pickler.dump(content)
 
 
 def _selected(thresholds: np.ndarray, iou: float | None) -> np.ndarray:

@@ -1,5 +1,6 @@
 """The machinery of augmentations: policies that look at an input and choose a transform for it."""
 
+import functools
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -37,15 +38,9 @@ class Augmentation:
         return transform
 
     def _arguments_from(self, aug_input: Any) -> list[Any]:
-        parameters = inspect.signature(self.get_transform).parameters.values()
-        if len(parameters) == 1:
+        names = _parameters_of(type(self))
+        if len(names) == 1:
             return [aug_input.image]
-        if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
-            raise TypeError(
-                f"{type(self).__name__}.get_transform takes any number of arguments, "
-                "so its class must implement __call__ too"
-            )
-        names = [p.name for p in parameters]
         missing = [name for name in names if not hasattr(aug_input, name)]
         if missing:
             raise AttributeError(
@@ -64,6 +59,20 @@ class Augmentation:
             if hasattr(self, name) and getattr(self, name) != default
         ]
         return f"{type(self).__name__}({', '.join(changed)})"
+
+
+@functools.cache  # every image asks
+def _parameters_of(policy: type[Augmentation]) -> list[str]:
+    """The names of what ``get_transform`` takes."""
+    parameters = list(inspect.signature(policy.get_transform).parameters.values())
+    if inspect.isfunction(inspect.getattr_static(policy, "get_transform")):
+        parameters = parameters[1:]  # without "self"
+    if len(parameters) > 1 and any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+        raise TypeError(
+            f"{policy.__name__}.get_transform takes any number of arguments, "
+            "so its class must implement __call__ too"
+        )
+    return [parameter.name for parameter in parameters]
 
 
 class _Always(Augmentation):
