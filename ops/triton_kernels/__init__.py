@@ -1,1 +1,1 @@
-"""The operators' CUDA kernels, written in Triton: one file per operator."""
+"""The operators' CUDA kernels, written in Triton; each operator's module has its name."""

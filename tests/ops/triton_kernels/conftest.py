@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -124,13 +125,12 @@ def triton_module(name: str) -> ModuleType:
 
 @cache
 def load(name: str, interpret: bool) -> ModuleType:
-    """Import a copy of a kernel module under another name."""
-    copy = f"{name}_{'interpreted' if interpret else 'compiled'}"
-    spec = importlib.util.spec_from_file_location(copy, KERNELS / f"{name}.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
+    """Import a module of a copy of the package under another name."""
+    copy = f"triton_kernels_{'interpreted' if interpret else 'compiled'}"
+    if copy not in sys.modules:
+        spec = importlib.util.spec_from_file_location(copy, KERNELS / "__init__.py")
+        assert spec
+        sys.modules[copy] = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", str(int(interpret)))
-        spec.loader.exec_module(module)
-    return module
+        return importlib.import_module(f"{copy}.{name}")

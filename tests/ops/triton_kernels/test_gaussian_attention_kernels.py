@@ -391,9 +391,9 @@ def test_kernels_compile(compiled, compile_only, dtype, instruction: str, with_d
         inputs = inputs._replace(dropout_p=0.1, seed=SEED)
     launch(compiled("gaussian_attention"), inputs)
     assert [kernel.name for kernel in launched] == [
-        "_forward_kernel",
-        "_query_kernel",
-        "_key_kernel",
+        "forward_kernel",
+        "query_kernel",
+        "key_kernel",
     ]
     for kernel in launched:
         assert len(kernel.asm["cubin"]) > 1000
