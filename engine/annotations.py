@@ -8,7 +8,11 @@ from typing import Any
 from .boxes import is_box
 from .errors import UserError
 
-__all__ = ["explain_fault"]
+__all__ = ["check_evaluable", "explain_fault"]
+
+# What evaluation reads of an annotation besides its box and category. Without areas, the AP of
+# small, medium and large objects would be wrong and nothing would say so.
+_EVALUATED = {"id": "a number", "area": "the object's size in pixels", "iscrowd": "0 or 1"}
 
 
 def explain_fault(path: str | Path | None) -> None:
@@ -28,6 +32,26 @@ def explain_fault(path: str | Path | None) -> None:
     listed = [category.get("id") for category in categories]
     for annotation in _entries({"annotations": [], **content}, path, "annotations"):
         _check_annotation(annotation, listed, f"{path}: annotation {annotation.get('id')}")
+
+
+def check_evaluable(path: str | Path) -> None:
+    """Stop if COCO's evaluation would fail on a file's annotations, or misread them.
+
+    Raises:
+        UserError: names the file and the annotation.
+    """
+    content = _read(path)
+    listed = [category.get("id") for category in _entries(content, path, "categories")]
+    for annotation in _entries({"annotations": [], **content}, path, "annotations"):
+        which = f"{path}: annotation {annotation.get('id')}"
+        _check_annotation(annotation, listed, which)
+        read = {"iscrowd": 0, **annotation}
+        for key, meaning in _EVALUATED.items():
+            if not isinstance(read.get(key), Real):
+                raise UserError(
+                    f"{which} has the {key} {read.get(key)!r}, which evaluation needs: "
+                    f"expected {meaning}"
+                )
 
 
 def _read(path: str | Path) -> dict[str, Any]:

@@ -2,15 +2,18 @@
 
 from typing import Any
 
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import COCOEvaluator
 from omegaconf import DictConfig
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from .annotations import check_evaluable
 from .building import build, construction
 from .datasets import build_loader, check_class_count, check_datasets, dataset_names
 from .rng import preserve_rng
 
-__all__ = ["rehearse_evaluation"]
+__all__ = ["check_evaluator", "rehearse_evaluation"]
 
 
 def rehearse_evaluation(config: DictConfig, model: nn.Module) -> None:
@@ -27,10 +30,19 @@ def rehearse_evaluation(config: DictConfig, model: nn.Module) -> None:
     check_datasets([name] if isinstance(name, str) else [])
     with preserve_rng():  # as if there had been no rehearsal
         loader = build_loader(config.dataloader.test)
-        build("dataloader.evaluator", node)
+        check_evaluator(node)
         with construction("a sample of dataloader.test"):
             load_first(loader)
     check_class_count(dataset_names(config.dataloader.test), model, exactly=True)
+
+
+def check_evaluator(node: Any) -> None:
+    """Build an evaluator; stop if it is COCO's and its ground truth lacks what that needs."""
+    evaluator = build("dataloader.evaluator", node)
+    if isinstance(evaluator, COCOEvaluator) and isinstance(node, DictConfig):
+        path = MetadataCatalog.get(node.dataset_name).get("json_file", None)
+        if path:
+            check_evaluable(path)
 
 
 def load_first(loader: Any) -> None:

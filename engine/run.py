@@ -42,8 +42,8 @@ from .hooks import (
 )
 from .memory import keep_freed_memory
 from .output import create_output, prepare_output, save_config, setup_run, snapshot_writer
-from .rehearsal import rehearse_evaluation
-from .settings import check_settings, require_settings, resolve_device
+from .rehearsal import check_evaluator, rehearse_evaluation
+from .settings import check_groups, check_settings, require_settings, resolve_device
 from .trainer import DistillationTrainer, autocast_dtype, student_of
 
 __all__ = ["evaluate", "main", "train"]
@@ -179,9 +179,11 @@ def build_optimizer(config: DictConfig, model: nn.Module) -> torch.optim.Optimiz
     with construction("the optimizer"):
         config.optimizer.params.model = model
     try:
-        return build("the optimizer", config.optimizer)
+        optimizer = build("the optimizer", config.optimizer)
     finally:
         config.optimizer.params.model = None
+    check_groups(optimizer)
+    return optimizer
 
 
 def target_name(function: Any) -> str:
@@ -365,6 +367,8 @@ def evaluate_checkpoint(config: DictConfig) -> dict:
     if not config.train.init_checkpoint:
         raise UserError("--eval-only needs weights: set train.init_checkpoint=FILE")
     model, _ = load_for_evaluation(config)
+    if config.dataloader.get("evaluator") is not None:
+        check_evaluator(config.dataloader.evaluator)
     save_config(config, "config_eval.yaml")
     return evaluate(config, model)
 

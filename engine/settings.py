@@ -13,7 +13,7 @@ from .building import construction
 from .errors import UserError
 from .trainer import autocast_dtype
 
-__all__ = ["check_settings", "require_settings", "resolve_device"]
+__all__ = ["check_groups", "check_settings", "require_settings", "resolve_device"]
 
 # What every run reads, below `train`.
 _READ = (
@@ -121,6 +121,15 @@ def check_clipping(options: DictConfig) -> None:
     weight.grad = torch.zeros(1)
     with construction("the gradient clipping of train.clip_grad.params"):
         torch.nn.utils.clip_grad_norm_([weight], **{str(key): options[key] for key in options})
+
+
+def check_groups(optimizer: torch.optim.Optimizer) -> None:
+    """Stop if a group of parameters has a learning rate or weight decay that is no number."""
+    for group in optimizer.param_groups:
+        for key in ("lr", "weight_decay"):
+            value = group.get(key, 0.0)
+            if not isinstance(value, int | float | torch.Tensor):
+                raise UserError(f"the optimizer has the {key} {value!r}, expected a number")
 
 
 def check_averaging(settings: DictConfig) -> None:

@@ -141,6 +141,33 @@ def test_entries_that_cannot_be_used_are_named(own_data, tmp_path, change, reaso
     assert fails(tmp_path, *use("spoilt")).startswith(f"{own_data}/instances.json{reason}")
 
 
+@pytest.mark.parametrize("eval_only", [False, True])
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda a: a.pop("area"), "the area None, which evaluation needs: expected the object's"),
+        (lambda a: a.update(area="9"), "the area '9', which evaluation needs: expected the obj"),
+        (lambda a: a.update(id="a"), "the id 'a', which evaluation needs: expected a number"),
+        (lambda a: a.update(iscrowd=None), "the iscrowd None, which evaluation needs: expected 0"),
+        (lambda a: a.pop("bbox"), "the bbox None, expected 4 numbers"),
+    ],
+)
+def test_what_an_evaluation_needs_is_missed_before(own_data, tmp_path, change, reason, eval_only):
+    run_tiny(tmp_path / "weights", "train.max_iter=1", "dataloader.evaluator=null")
+    edit(own_data, lambda c: change(c["annotations"][1]))
+    weights = f"train.init_checkpoint={tmp_path}/weights/model_final.pth"
+    overrides = ["dataloader.test.dataset.names=spoilt", weights]
+    message = fails(tmp_path, *overrides, eval_only=eval_only)
+    name = "a" if "'a'" in reason else 2
+    assert message.startswith(f"{own_data}/instances.json: annotation {name} has {reason}")
+
+
+def test_annotations_without_iscrowd_are_of_single_objects(own_data, tmp_path):
+    edit(own_data, lambda c: c["annotations"][1].pop("iscrowd"))
+    results = run_tiny(tmp_path, "dataloader.test.dataset.names=spoilt", "train.max_iter=1")
+    assert "bbox" in results
+
+
 def test_an_annotation_file_is_a_dict(own_data, tmp_path):
     (own_data / "instances.json").write_text("[1]")
     assert fails(tmp_path, *use("spoilt")) == (

@@ -34,6 +34,7 @@ def fails(tmp_path, *overrides, **options):
         ("optimizer.lr=nan", "cannot build the optimizer: ValueError: Invalid learning rate: nan"),
         ("optimizer.lr=null", "cannot build the optimizer: TypeError: "),
         ("optimizer.betas=0.9", "cannot build the optimizer: TypeError: "),
+        ("optimizer.params.base_lr=abc", "the optimizer has the lr 'abc', expected a number"),
         (
             "optimizer._target_=torch.optim.Foo",
             "cannot build the optimizer: ImportError: ",

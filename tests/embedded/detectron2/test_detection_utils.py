@@ -139,17 +139,22 @@ def test_annotations_transform_like_recorded():
     assert mask.tolist() == [True, True, True, False, False]
 
 
-@embedded_only
-def test_boxes_transform_together_as_alone():
+def test_a_mapper_transforms_boxes_as_if_each_were_alone(image_file):
     given = annotations()
     odd = [0.1, 1 / 3, 4.7, 2 / 3]
-    given += [{**given[0], "bbox": odd, "bbox_mode": mode} for mode in (0, 1)]
-    size, transforms = (13, 18), [T.HFlipTransform(31), T.ResizeTransform(23, 31, 13, 18)]
-    for chosen in (given, given[:2], given[-2:-1], given[-1:]):
-        together = utils.transform_boxes(chosen, transforms, size)
-        alone = [utils.transform_instance_annotations(dict(a), transforms, size) for a in chosen]
-        assert together.tolist() == [annotation["bbox"].tolist() for annotation in alone]
-    assert utils.transform_boxes([], transforms, size).shape == (0, 4)
+    given += [{**given[0], "bbox": odd, "bbox_mode": BoxMode(mode)} for mode in (0, 1)]
+    augmentations = [T.RandomFlip(prob=1.0), T.Resize((13, 18))]
+    transforms = [T.HFlipTransform(W), T.ResizeTransform(H, W, 13, 18)]
+    mapper = DatasetMapper(is_train=True, augmentations=augmentations, image_format="RGB")
+    for chosen in (given, given[:2], given[-2:-1], given[-1:], []):
+        record = {"file_name": image_file, "annotations": copy.deepcopy(chosen)}
+        kept = [copy.deepcopy(annotation) for annotation in chosen if not annotation["iscrowd"]]
+        alone = [utils.transform_instance_annotations(a, transforms, (13, 18)) for a in kept]
+        wanted = utils.filter_empty_instances(utils.annotations_to_instances(alone, (13, 18)))
+        found = mapper(record)["instances"]
+        assert torch.equal(found.gt_boxes.tensor, wanted.gt_boxes.tensor)
+        assert torch.equal(found.gt_classes, wanted.gt_classes)
+        assert record["annotations"] == chosen  # left as they were
 
 
 def test_no_annotations_give_empty_instances():

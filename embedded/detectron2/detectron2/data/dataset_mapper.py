@@ -78,7 +78,7 @@ def _instances(
 ) -> Instances:
     """Transform annotations; drop those of crowds and those left empty."""
     kept = [annotation for annotation in annotations if not annotation.get("iscrowd", 0)]
-    boxes = utils.transform_boxes(kept, transforms, image_size)
+    boxes = utils._transform_boxes(kept, transforms, image_size)
     transformed = [
         {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": annotation["category_id"]}
         for box, annotation in zip(boxes, kept, strict=True)

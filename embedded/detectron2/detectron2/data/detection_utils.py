@@ -21,7 +21,6 @@ __all__ = [
     "convert_image_to_rgb",
     "filter_empty_instances",
     "read_image",
-    "transform_boxes",
     "transform_instance_annotations",
 ]
 
@@ -129,12 +128,12 @@ def transform_instance_annotations(
         NotImplementedError: if the annotation has a segmentation or keypoints.
     """
     _refuse_masks_and_keypoints(annotation)
-    annotation["bbox"] = transform_boxes([annotation], transforms, image_size)[0]
+    annotation["bbox"] = _transform_boxes([annotation], transforms, image_size)[0]
     annotation["bbox_mode"] = BoxMode.XYXY_ABS
     return annotation
 
 
-def transform_boxes(
+def _transform_boxes(
     annotations: Sequence[dict],
     transforms: TransformList | Sequence[Transform],
     image_size: tuple[int, int],

@@ -38,7 +38,8 @@ class Augmentation:
         return transform
 
     def _arguments_from(self, aug_input: Any) -> list[Any]:
-        names = _parameters_of(type(self))
+        policy: Any = type(self)
+        names = _parameters_of(policy)
         if len(names) == 1:
             return [aug_input.image]
         missing = [name for name in names if not hasattr(aug_input, name)]
