@@ -157,6 +157,18 @@ def test_a_mapper_transforms_boxes_as_if_each_were_alone(image_file):
         assert record["annotations"] == chosen  # left as they were
 
 
+def test_boxes_are_transformed_in_double_precision():
+    box = [0.1, 1 / 3, 4.7, 2 / 3]
+    x0, y0, width, height = np.float32(box)
+    corners = np.array([x0, y0, x0 + width, y0 + height], dtype=np.float64)
+    flipped = np.array([W - corners[2], corners[1], W - corners[0], corners[3]])
+    expected = flipped * [18 / W, 13 / H, 18 / W, 13 / H]
+    annotation = {"bbox": box, "bbox_mode": BoxMode.XYWH_ABS}
+    transforms = [T.HFlipTransform(W), T.ResizeTransform(H, W, 13, 18)]
+    found = utils.transform_instance_annotations(annotation, transforms, (13, 18))["bbox"]
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
 def test_no_annotations_give_empty_instances():
     instances = utils.annotations_to_instances([], (3, 4))
     assert instances.gt_boxes.tensor.shape == (0, 4)
