@@ -45,7 +45,8 @@ def attend(
         (B, H, N, Dv).
     """
     if isinstance(maps, LateMaps):
-        maps.append(LateMap(partial(_precise_weights, query, key, allowed, bias)))
+        shape = torch.Size((*query.shape[:-1], key.shape[-2]))
+        maps.append(LateMap(partial(_precise_weights, query, key, allowed, bias), shape))
     if maps is None or isinstance(maps, LateMaps):
         if bias is None and query.device.type == "cpu":
             return lean_attention(query, key, value, allowed, dropout_p)

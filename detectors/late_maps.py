@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 ALL = slice(None)
@@ -17,10 +18,12 @@ class LateMap:
 
     Args:
         make: returns some rows of the weights (B, H, N, S).
+        shape: of all of them.
     """
 
-    def __init__(self, make: Callable[[slice], Tensor]):
+    def __init__(self, make: Callable[[slice], Tensor], shape: torch.Size):
         self.make = make
+        self.shape = shape
 
     def __call__(self, rows: slice = ALL) -> Tensor:
         """Rows of the weights, with gradients to what they are made of."""
@@ -29,7 +32,11 @@ class LateMap:
     def __getitem__(self, index: tuple[slice, ...]) -> LateMap:
         first, *others = index
         rest = (ALL, *others)
-        return LateMap(lambda rows: self.make(first if rows == ALL else rows)[rest])
+        whole = (*index, *[ALL] * (len(self.shape) - len(index)))
+        shape = torch.Size(
+            len(range(*part.indices(size))) for part, size in zip(whole, self.shape, strict=True)
+        )
+        return LateMap(lambda rows: self.make(first if rows == ALL else rows)[rest], shape)
 
 
 class LateMaps(list):

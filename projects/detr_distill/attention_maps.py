@@ -22,6 +22,10 @@ DIVERGENCES = ("kl", "reverse_kl", "mse")
 SMALLEST = 1e-30
 """Probability in a logarithm; what is 0, as at padding, counts nothing."""
 
+AT_A_TIME = 2**18
+"""Weights of a map that are in use at once, unless one image has more: a megabyte. Fewer of them
+take their time for being asked for, not for being many."""
+
 Map = Tensor | LateMap
 """Attention weights (B, H, N, S), or what makes them."""
 
@@ -75,18 +79,14 @@ class AttentionDistillation(LayerwiseObjective):
         """The weighted loss, summed over the layers."""
         student, teacher = self.maps(self.learner(context)), self.maps(context.teacher)
         stages = context.stages()
-        images = range(context.student.logits.shape[1])
-        losses = [
-            self.recomputed_loss(
-                student[layer],
-                teacher[stages[layer]],
-                self.correspondence(context, layer),
-                slice(image, image + 1),
-            )
-            for layer in self.chosen(context)
-            for image in images  # one by one, so that little is in use at a time
-        ]
-        return {self.loss_name(): torch.stack(losses).sum() * (self.weight / len(images))}
+        losses = []
+        for layer in self.chosen(context):
+            maps = student[layer], teacher[stages[layer]]
+            pairs = self.correspondence(context, layer)
+            for rows in _few_images(*maps):
+                share = (rows.stop - rows.start) / len(context.targets)
+                losses.append(self.recomputed_loss(*maps, pairs, rows) * share)
+        return {self.loss_name(): torch.stack(losses).sum() * self.weight}
 
     def recomputed_loss(
         self, student: Map, teacher: Map, pairs: Correspondence, rows: slice
@@ -199,6 +199,13 @@ def divergence(found: Tensor, wanted: Tensor, kind: Divergence) -> Tensor:
     # the gradient of what is wanted is not finite at 0
     ratio = found.clamp(min=SMALLEST).log() - wanted.clamp(min=SMALLEST).log()
     return (found * ratio).sum(-1).mean()
+
+
+def _few_images(*maps: Map) -> list[slice]:
+    """Rows of maps (B, H, N, S) of the same images that together have few weights."""
+    images = maps[0].shape[0]
+    at_a_time = max(1, AT_A_TIME // max(made.shape[1:].numel() for made in maps))
+    return [slice(start, min(start + at_a_time, images)) for start in range(0, images, at_a_time)]
 
 
 def _attention_of(view: View) -> AttentionMaps:

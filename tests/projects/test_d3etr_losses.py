@@ -10,6 +10,7 @@ from detectors.attention import attend, attention_weights
 from detectors.late_maps import LateMap, LateMaps
 from detectors.structures import AttentionMaps
 from engine.errors import UserError
+from projects.detr_distill import attention_maps
 from projects.detr_distill.attention_maps import (
     CrossAttentionDistillation,
     SelfAttentionDistillation,
@@ -43,7 +44,7 @@ def maps_of(scores, padding=None, late=True):
 
     layers = range(len(scores))
     return (
-        [LateMap(lambda rows, k=k: make(k)[rows]) for k in layers]
+        [LateMap(lambda rows, k=k: make(k)[rows], make(k).shape) for k in layers]
         if late
         else [make(k) for k in layers]
     )
@@ -307,6 +308,34 @@ def test_a_late_map_is_the_map(queries, keys, masked, seed):
         picked = late[:2, :, 1:, :]
         torch.testing.assert_close(picked(), expected[:2, :, 1:], **EXACT)
         torch.testing.assert_close(picked(slice(1, 2)), expected[1:2, :, 1:], **EXACT)
+
+
+@pytest.mark.parametrize("make", [SelfAttentionDistillation, CrossAttentionDistillation])
+def test_images_by_twos_lose_what_they_lose_together(make, monkeypatch):
+    """Of five images the last is alone, and counts no more than the others."""
+    student, leaves = made_view(0, 2, 5, 4, 6)
+    teacher, _ = made_view(1, 2, 5, 4, 6)
+    found = context(student, teacher, no_targets(5))
+    asked = []
+
+    class Counted(make):
+        def layer_loss(self, student, teacher, pairs, rows):
+            asked.append(rows.stop - rows.start)
+            return super().layer_loss(student, teacher, pairs, rows)
+
+    results = []
+    weights_of_an_image = student.attention.self_attention[0].shape[1:].numel()
+    if make is CrossAttentionDistillation:
+        weights_of_an_image = student.attention.cross_attention[0].shape[1:].numel()
+    for images in (1000, 2, 0.5):
+        monkeypatch.setattr(attention_maps, "AT_A_TIME", int(images * weights_of_an_image))
+        (loss,) = Counted()(found).values()
+        results.append((loss, *torch.autograd.grad(loss, leaves, allow_unused=True)))
+    sizes = [5] * 2 + [2, 2, 1] * 2 + [1] * 10  # of two layers; the backward pass asks again
+    assert sorted(asked) == sorted(sizes * 2)
+    assert any(value is not None for value in results[0][1:])
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], **EXACT)
 
 
 def test_no_weights_are_kept():
