@@ -30,8 +30,9 @@ env:
 	    "$$python" tools/setup_env.py "$(VENV)" --torch "$(TORCH)"
 
 quickstart: export DETECTRON2_DATASETS := $(CURDIR)/datasets
-# waiting threads sleep instead of spinning, which would starve the others on a busy machine
+# threads that wait sleep soon, which other programs need, but not at once, as waits are short
 quickstart: export OMP_WAIT_POLICY := PASSIVE
+quickstart: export GOMP_SPINCOUNT := 5000
 quickstart: env
 	"$(RUN)" tools/make_shapes.py --preset quickstart --output $(DATA)
 	"$(RUN)" tools/train_net.py --config-file $(CONFIG) --resume

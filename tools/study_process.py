@@ -109,7 +109,10 @@ def training_environment(device: str, datasets: Path, at_a_time: int) -> dict[st
         **os.environ,
         "DETECTRON2_DATASETS": str(datasets.absolute()),
         "OMP_NUM_THREADS": str(threads),
-        "OMP_WAIT_POLICY": "PASSIVE",  # waiting threads sleep, the other trainings need the cores
+        # threads that wait sleep soon, as other trainings need the cores, but not at once, as small
+        # detectors have thousands of short waits in a step
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "GOMP_SPINCOUNT": "5000",
         "PYTHONUNBUFFERED": "1",
     }
     if device == "cpu":
