@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from detectron2.config import instantiate
+from tiny_detectors import instances, pattern_image
 
 from projects.detr_distill.distiller import Distiller
 from projects.study.presets import PRESETS
@@ -111,6 +112,38 @@ def test_students_have_the_objectives_of_their_method():
     assert names("detrdistill_d3etr") == [*detrdistill[:2], *names("d3etr")]
     groups = [one.get("group") for one in CELLS["cpu", "fixed"].build().model.objectives]
     assert groups[:3] == ["fixed"] * 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", [key for key in CELLS if key[0] == "gpu"], ids="-".join)
+def test_cells_of_the_large_study_train_in_mixed_precision(key):
+    """Two steps and an evaluation of each, which the preset leaves to a GPU."""
+    torch.manual_seed(0)
+    config = CELLS[key].build()
+    assert config.train.amp.enabled
+    if CELLS[key].teacher is not None:
+        config.model.teacher = config.model.teacher.detector  # of random weights
+    model = instantiate(config.model).train()
+    config.optimizer.params.model = model
+    optimizer = instantiate(config.optimizer)
+    size = (320, 320)
+    items = [{"image": pattern_image(index, *size)} for index in range(2)]
+    boxes = [[20.0, 30.0, 120.0, 200.0], [5.0, 5.0, 6.0, 6.0], [90.0, 10.0, 250.0, 150.0]]
+    items[0]["instances"] = instances(size, boxes, [0, 9, 4])
+    items[1]["instances"] = instances(size, [], [])
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = model(items)
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), **config.train.clip_grad.params)
+        optimizer.step()
+        for name, value in losses.items():
+            assert value.isfinite(), name
+        assert 0 < norm < float("inf")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        results = model.eval()(items)
+    assert all(result["instances"].scores.isfinite().all() for result in results)
 
 
 def test_a_config_can_be_changed_without_changing_the_next():
