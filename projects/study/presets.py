@@ -32,7 +32,7 @@ _GPU = Scale(
 PRESETS = {
     "cpu": Preset(
         name="cpu",
-        about="quickstart-size detectors, images of 64 x 64; three to six hours on two cores",
+        about="quickstart-size detectors, images of 64 x 64; about three hours on two cores",
         shapes=_CPU_SHAPES,
         cells=all_cells(_CPU),
         backbone=backbone(_CPU),
