@@ -214,7 +214,10 @@ def require_readable(path: str | None) -> None:
     try:
         found = os.path.isfile(PathManager.get_local_path(local))
     except Exception as error:  # iopath's handlers raise many types
-        raise UserError(f"checkpoint {str(error).strip().splitlines()[0]}") from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if not reason.startswith(local):
+            reason = f"{local} not found: {reason}"
+        raise UserError(f"checkpoint {reason}") from error
     if not found:
         raise UserError(f"checkpoint {local} not found")
 

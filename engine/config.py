@@ -6,7 +6,7 @@ import os
 import pydoc
 import re
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from detectron2.config import LazyConfig
@@ -67,13 +67,19 @@ def _reason(error: Exception, path: str) -> str:
     frames = [
         (frame.f_code.co_filename, line)
         for frame, line in traceback.walk_tb(error.__traceback__)
-        if str(frame.f_globals.get("__name__")).startswith("detectron2._cfg_loader")
+        if _is_config(frame.f_globals)
     ]
     text = f"{type(error).__name__}: {first}" if first else type(error).__name__
     if not frames:
         return first or text
     file, line = frames[-1]
     return f"{'' if file == path else f'{file}, '}line {line}: {text}"
+
+
+def _is_config(module: Mapping[str, Any]) -> bool:
+    """Whether LazyConfig made a module's names; detectron2's leaves the first file without one."""
+    names = (str(module.get(key)) for key in ("__name__", "__package__"))
+    return any(name.startswith("detectron2._cfg_loader") for name in names)
 
 
 def _require_nodes(config: DictConfig, whose: str) -> None:

@@ -5,7 +5,7 @@ import torch
 from omegaconf import OmegaConf
 from tiny_run import metrics, run_tiny
 
-from engine import building
+from engine import building, checkpoint
 from engine.errors import UserError
 
 
@@ -40,7 +40,7 @@ def fails(tmp_path, *overrides, **options):
             "cannot build the optimizer: ImportError: ",
         ),
         ("optimizer.params=null", "cannot build the optimizer: "),
-        ("model._target_=x.Nope", "cannot build the model: ImportError: cannot locate 'x.Nope'"),
+        ("model._target_=x.Nope", "cannot build the model: ImportError: "),
         ("model.num_classes=-3", "cannot build the model: RuntimeError: "),
         ("lr_multiplier.warmup_length=2", "cannot build lr_multiplier: "),
         ("dataloader.train.num_workers=-1", "num_workers is -1, expected a whole number from 0"),
@@ -87,6 +87,18 @@ def test_missing_weights_are_missed_first(tmp_path, monkeypatch, path, eval_only
     monkeypatch.setattr("engine.run.build_model", None)
     message = fails(tmp_path, f"train.init_checkpoint={path}", eval_only=eval_only)
     assert message.startswith(f"checkpoint {path} not found")
+
+
+def test_a_download_that_fails_is_named(tmp_path, monkeypatch):
+    """detectron2 downloads what is not there, and its errors need not say what."""
+
+    def download(path):
+        raise OSError("<urlopen error Name or service not known>\nmore")
+
+    monkeypatch.setattr(checkpoint.PathManager, "get_local_path", download)
+    message = fails(tmp_path, "train.init_checkpoint=http://none/a.pth")
+    expected = "checkpoint http://none/a.pth not found: <urlopen error Name or service not known>"
+    assert message == expected
 
 
 def test_a_resumed_run_needs_no_initial_weights(tmp_path):

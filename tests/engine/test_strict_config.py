@@ -186,6 +186,20 @@ def test_config_files_that_cannot_be_used(tmp_path, content, message):
     assert "\n" not in str(caught.value)
 
 
+def test_the_line_is_found_where_the_file_has_no_name(tmp_path, monkeypatch):
+    """As detectron2 leaves it: it names the files alone that others import."""
+    path = tmp_path / "config.py"
+    path.write_text("a = 1\nb = c\n")
+
+    def load(path):
+        names = {"__file__": path, "__package__": "detectron2._cfg_loader.x"}
+        exec(compile(Path(path).read_text(), path, "exec"), names)
+
+    monkeypatch.setattr(LazyConfig, "load", load)
+    with pytest.raises(UserError, match=r"config\.py: line 2: NameError: name 'c' is not defined"):
+        load_config(str(path))
+
+
 def test_no_config_file():
     with pytest.raises(UserError, match="use --config-file"):
         load_config("")
