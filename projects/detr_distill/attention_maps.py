@@ -204,7 +204,8 @@ def divergence(found: Tensor, wanted: Tensor, kind: Divergence) -> Tensor:
 def _few_images(*maps: Map) -> list[slice]:
     """Rows of maps (B, H, N, S) of the same images that together have few weights."""
     images = maps[0].shape[0]
-    at_a_time = max(1, AT_A_TIME // max(made.shape[1:].numel() for made in maps))
+    weights = max(1, *(made.shape[1:].numel() for made in maps))
+    at_a_time = max(1, AT_A_TIME // weights)
     return [slice(start, min(start + at_a_time, images)) for start in range(0, images, at_a_time)]
 
 
