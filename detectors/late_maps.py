@@ -32,10 +32,7 @@ class LateMap:
     def __getitem__(self, index: tuple[slice, ...]) -> LateMap:
         first, *others = index
         rest = (ALL, *others)
-        whole = (*index, *[ALL] * (len(self.shape) - len(index)))
-        shape = torch.Size(
-            len(range(*part.indices(size))) for part, size in zip(whole, self.shape, strict=True)
-        )
+        shape = torch.empty(self.shape, device="meta")[index].shape
         return LateMap(lambda rows: self.make(first if rows == ALL else rows)[rest], shape)
 
 

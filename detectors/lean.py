@@ -6,6 +6,7 @@ dropout floating-point noise and what it multiplies besides.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -94,9 +95,13 @@ class _Attention(torch.autograd.Function):
 
 def _parts(query: Tensor, key: Tensor) -> list[slice]:
     """The batch in parts of as many images as are treated at once."""
-    images, heads, queries, _ = query.shape
-    step = max(1, WEIGHTS_AT_ONCE // max(1, heads * queries * key.shape[2]))
-    return [slice(start, start + step) for start in range(0, images, step)]
+    return few_images((*query.shape[:-1], key.shape[2]), WEIGHTS_AT_ONCE)
+
+
+def few_images(shape: Sequence[int], at_once: int) -> list[slice]:
+    """The images of a tensor (B, ...), as many together as have few entries, but one at least."""
+    step = max(1, at_once // max(1, math.prod(shape[1:])))
+    return [slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
 
 
 def _rows(allowed: Tensor | None, part: slice) -> Tensor | None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from detectors.late_maps import LateMap
+from detectors.lean import few_images
 from detectors.structures import AttentionMaps
 from engine.errors import UserError
 
@@ -83,7 +84,8 @@ class AttentionDistillation(LayerwiseObjective):
         for layer in self.chosen(context):
             maps = student[layer], teacher[stages[layer]]
             pairs = self.correspondence(context, layer)
-            for rows in _few_images(*maps):
+            largest = max((made.shape for made in maps), key=torch.Size.numel)
+            for rows in few_images(largest, AT_A_TIME):
                 share = (rows.stop - rows.start) / len(context.targets)
                 losses.append(self.recomputed_loss(*maps, pairs, rows) * share)
         return {self.loss_name(): torch.stack(losses).sum() * self.weight}
@@ -199,14 +201,6 @@ def divergence(found: Tensor, wanted: Tensor, kind: Divergence) -> Tensor:
     # the gradient of what is wanted is not finite at 0
     ratio = found.clamp(min=SMALLEST).log() - wanted.clamp(min=SMALLEST).log()
     return (found * ratio).sum(-1).mean()
-
-
-def _few_images(*maps: Map) -> list[slice]:
-    """Rows of maps (B, H, N, S) of the same images that together have few weights."""
-    images = maps[0].shape[0]
-    weights = max(1, *(made.shape[1:].numel() for made in maps))
-    at_a_time = max(1, AT_A_TIME // weights)
-    return [slice(start, min(start + at_a_time, images)) for start in range(0, images, at_a_time)]
 
 
 def _attention_of(view: View) -> AttentionMaps:

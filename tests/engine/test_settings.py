@@ -40,7 +40,7 @@ def fails(tmp_path, *overrides, **options):
             "cannot build the optimizer: ImportError: ",
         ),
         ("optimizer.params=null", "cannot build the optimizer: "),
-        ("model._target_=x.Nope", "cannot build the model: ImportError: "),
+        ("model._target_=x.Nope", "cannot build the model: ImportError: cannot locate 'x.Nope'"),
         ("model.num_classes=-3", "cannot build the model: RuntimeError: "),
         ("lr_multiplier.warmup_length=2", "cannot build lr_multiplier: "),
         ("dataloader.train.num_workers=-1", "num_workers is -1, expected a whole number from 0"),

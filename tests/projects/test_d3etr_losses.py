@@ -305,7 +305,9 @@ def test_a_late_map_is_the_map(queries, keys, masked, seed):
         attend(query, key, key, mask, maps=maps)
         late = maps.pop()
         torch.testing.assert_close(late(), expected, equal_nan=True, **EXACT)
+        assert late.shape == expected.shape
         picked = late[:2, :, 1:, :]
+        assert picked.shape == expected[:2, :, 1:].shape
         torch.testing.assert_close(picked(), expected[:2, :, 1:], **EXACT)
         torch.testing.assert_close(picked(slice(1, 2)), expected[1:2, :, 1:], **EXACT)
 
