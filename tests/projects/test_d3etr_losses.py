@@ -316,7 +316,7 @@ def test_a_late_map_is_the_map(queries, keys, masked, seed):
 def test_images_by_twos_lose_what_they_lose_together(make, monkeypatch):
     """Of five images the last is alone, and counts no more than the others."""
     student, leaves = made_view(0, 2, 5, 4, 6)
-    teacher, _ = made_view(1, 2, 5, 4, 6)
+    teacher, _ = made_view(1, 2, 5, 8, 6)  # whose maps are larger
     found = context(student, teacher, no_targets(5))
     asked = []
 
@@ -326,9 +326,7 @@ def test_images_by_twos_lose_what_they_lose_together(make, monkeypatch):
             return super().layer_loss(student, teacher, pairs, rows)
 
     results = []
-    weights_of_an_image = student.attention.self_attention[0].shape[1:].numel()
-    if make is CrossAttentionDistillation:
-        weights_of_an_image = student.attention.cross_attention[0].shape[1:].numel()
+    weights_of_an_image = make().maps(teacher)[0].shape[1:].numel()
     for images in (1000, 2, 0.5):
         monkeypatch.setattr(attention_maps, "AT_A_TIME", int(images * weights_of_an_image))
         (loss,) = Counted()(found).values()
