@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from deformable_cases import LEVELS, by_formula, example, gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recorded_cases import close
@@ -17,67 +18,6 @@ from torch.autograd import forward_ad
 import ops
 from ops import _library
 from ops.deformable_attention import reference
-
-LEVELS = ((5, 7), (3, 4), (1, 1))
-
-
-def example(
-    levels=LEVELS,
-    images=2,
-    queries=6,
-    heads=3,
-    channels=5,
-    points=2,
-    spread=1.4,
-    seed=0,
-    dtype=None,
-) -> tuple[Tensor, tuple[tuple[int, int], ...], Tensor, Tensor]:
-    """Random arguments; locations spread beyond the borders."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens = sum(height * width for height, width in levels)
-    shape = (images, queries, heads, len(levels), points)
-
-    def draw(*size: int) -> Tensor:
-        return torch.rand(*size, generator=generator, dtype=torch.float64)
-
-    value = draw(images, tokens, heads, channels) - 0.5
-    locations = (draw(*shape, 2) - 0.5) * spread + 0.5
-    weights = draw(*shape)
-    return value.to(dtype), levels, locations.to(dtype), weights.to(dtype)
-
-
-def by_formula(value: Tensor, levels, locations: Tensor, weights: Tensor) -> Tensor:
-    """Eq. 3 as a loop over samples in Python floats."""
-    images, _, heads, channels = value.shape
-    queries, points = locations.shape[1], locations.shape[4]
-    output = torch.zeros(images, queries, heads, channels, dtype=torch.float64)
-    starts = [sum(h * w for h, w in levels[:level]) for level in range(len(levels))]
-    for b in range(images):
-        for n in range(queries):
-            for h in range(heads):
-                for level, (height, width) in enumerate(levels):
-                    for p in range(points):
-                        x, y = (float(c) for c in locations[b, n, h, level, p])
-                        if not (math.isfinite(x) and math.isfinite(y)):
-                            continue
-                        x, y = x * width - 0.5, y * height - 0.5
-                        for row in (math.floor(y), math.floor(y) + 1):
-                            for column in (math.floor(x), math.floor(x) + 1):
-                                if not (0 <= row < height and 0 <= column < width):
-                                    continue
-                                part = (1 - abs(x - column)) * (1 - abs(y - row))
-                                token = starts[level] + row * width + column
-                                weight = float(weights[b, n, h, level, p]) * part
-                                output[b, n, h] += weight * value[b, token, h].double()
-    return output.flatten(2)
-
-
-def gradients(arguments, grad: Tensor) -> tuple[Tensor, ...]:
-    value, levels, locations, weights = arguments
-    leaves = [tensor.detach().requires_grad_() for tensor in (value, locations, weights)]
-    output = ops.multi_scale_deformable_attention(leaves[0], levels, *leaves[1:])
-    return torch.autograd.grad(output, leaves, grad)
-
 
 # --- values and gradients -----------------------------------------------------------------------
 
@@ -254,29 +194,6 @@ def test_autocast_lowers_values_and_keeps_locations(backend: str) -> None:
     torch.testing.assert_close(output, expected, atol=0, rtol=0)
 
 
-# --- determinism --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("heads", [1, 3])
-def test_bits_do_not_depend_on_threads_or_runs(compiled: str, threads: None, heads: int) -> None:
-    arguments = example(images=1, heads=heads, queries=1500, channels=24, dtype=torch.float32)
-    grad = torch.rand_like(ops.multi_scale_deformable_attention(*arguments))
-    results = []
-    for count in (1, 2, 4, 4):
-        torch.set_num_threads(count)
-        output = ops.multi_scale_deformable_attention(*arguments)
-        results.append((output, *gradients(arguments, grad)))
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-def test_threads_have_enough_to_do_for_large_inputs(threads: None) -> None:
-    torch.set_num_threads(2)
-    arguments = example(queries=700, channels=8, dtype=torch.float32)
-    output = ops.multi_scale_deformable_attention(*arguments)
-    torch.testing.assert_close(output, reference(*arguments), atol=1e-5, rtol=1e-5)
-
-
 # --- PyTorch's machinery ------------------------------------------------------------------------
 
 
@@ -447,17 +364,3 @@ def test_bad_input_is_one_line(backend: str, change: dict, error: type, message:
     with pytest.raises(error, match=message) as caught:
         ops.multi_scale_deformable_attention(*arguments.values())
     assert "\n" not in str(caught.value)
-
-
-@needs_kernels
-def test_the_raw_operator_reads_nothing_outside_its_tensors() -> None:
-    value, _, locations, weights = example(dtype=torch.float32)
-    operator = torch.ops.detr_methods.multi_scale_deformable_attention
-    huge = 2**62
-    for shapes in ([5, 7, 3, 4, 1, 2], [5, 7, 3, 4], [huge, 4, 3, 4, 1, 1], [-5, -7, 3, 4, 1, 1]):
-        with pytest.raises(ValueError, match=r"spatial_shapes|do not belong together"):
-            operator(value, shapes, locations, weights)
-    with pytest.raises(ValueError, match="do not belong together"):
-        operator(value[:1], [5, 7, 3, 4, 1, 1], locations, weights)
-    with pytest.raises(TypeError, match="have types"):
-        operator(value, [5, 7, 3, 4, 1, 1], locations.double(), weights.double())

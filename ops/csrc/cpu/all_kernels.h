@@ -3,6 +3,7 @@
 #include "exponential.h"
 #include "dropout_bits.h"
 #include "matmul_kernel.h"
+#include "sampling_points.h"
 #include "deformable_attention_kernel.h"
 #include "gaussian_attention_kernel.h"
 #include "dropout_kernel.h"

@@ -50,13 +50,29 @@ int64_t grain(int64_t products) {
 template <typename T, typename C>
 void forward(const DeformableShape& shape, const at::Tensor& value, const at::Tensor& locations,
              const at::Tensor& weights, at::Tensor& output) {
-  const DeformableForward<T, C> tensors{value.const_data_ptr<T>(), locations.const_data_ptr<C>(),
-                                        weights.const_data_ptr<C>(), output.mutable_data_ptr<T>()};
-  const int64_t rows = shape.images * shape.heads * shape.queries;
   const int64_t products = shape.levels * shape.points * 4 * shape.channels;
-  at::parallel_for(0, rows, grain(products), [&](int64_t begin, int64_t end) {
-    DETR_METHODS_DISPATCH(deformable_forward<T, C>(shape, tensors, begin, end))
-  });
+  const int64_t pairs = shape.images * shape.heads, apart = shape.heads * shape.channels;
+  DeformableForward<T, C> tensors{
+      {value.const_data_ptr<T>(), shape.tokens * apart, shape.channels, apart},
+      locations.const_data_ptr<C>(), weights.const_data_ptr<C>(), output.mutable_data_ptr<T>()};
+  const auto sample = [&](int64_t first, int64_t last) {
+    at::parallel_for(first, last, grain(products), [&](int64_t begin, int64_t end) {
+      DETR_METHODS_DISPATCH(deformable_forward<T, C>(shape, tensors, begin, end))
+    });
+  };
+  if (!samples_often(shape)) return sample(0, pairs * shape.queries);
+  // one copy at a time, which all threads share: 1 / heads of the output's memory
+  const at::Tensor copy = at::empty({shape.tokens, shape.channels}, value.options());
+  T* own = copy.mutable_data_ptr<T>();
+  tensors.value = {own, 0, 0, shape.channels};
+  for (int64_t pair = 0; pair < pairs; ++pair) {
+    const T* from = value.const_data_ptr<T>() + pair / shape.heads * shape.tokens * apart +
+                    pair % shape.heads * shape.channels;
+    at::parallel_for(0, shape.tokens, grain(shape.channels), [&](int64_t begin, int64_t end) {
+      DETR_METHODS_DISPATCH(copy_values<T>(shape, from, begin, end, own))
+    });
+    sample(pair * shape.queries, (pair + 1) * shape.queries);
+  }
 }
 
 template <typename T, typename C>

@@ -15,15 +15,23 @@ struct DeformableShape {
   std::vector<int64_t> height, width, start;  // per level; start is its first token
 };
 
-// value (B, S, H, D), locations (B, N, H, V, P, 2), weights (B, N, H, V, P), output (B, N, H, D).
+// Values of all images and heads, with what lies between two images, heads and tokens.
+template <typename T>
+struct DeformableValues {
+  const T* first;
+  int64_t image, head, token;
+};
+
+// locations (B, N, H, V, P, 2), weights (B, N, H, V, P), output (B, N, H, D).
 template <typename T, typename C>
 struct DeformableForward {
-  const T* value;
+  DeformableValues<T> value;
   const C* locations;
   const C* weights;
   T* output;
 };
 
+// The same with value (B, S, H, D).
 template <typename T, typename C>
 struct DeformableBackward {
   const T* grad_output;
@@ -35,10 +43,19 @@ struct DeformableBackward {
   C* grad_weights;
 };
 
+// Whether samples are so many that a head's values are better copied first: between other heads'
+// values, apart by a power of two as a rule, they share few places of a cache.
+inline bool samples_often(const DeformableShape& shape) {
+  return shape.heads > 1 && shape.queries * shape.levels * shape.points >= 4 * shape.tokens;
+}
+
+// Copy: tokens [begin, end) of one image and head, of which `first` is the first token's value.
 // Forward: rows [begin, end) of the B * H * N (image, head, query) triples.
 // Backward: the units [begin, end) of B * H * level groups. A unit owns its part of every gradient,
 // so that nothing is shared between threads and sums have one order.
 DETR_METHODS_DECLARE(
+    template <typename T> void copy_values(
+        const DeformableShape& shape, const T* first, int64_t begin, int64_t end, T* copy);
     template <typename T, typename C> void deformable_forward(
         const DeformableShape& shape, const DeformableForward<T, C>& tensors, int64_t begin,
         int64_t end);

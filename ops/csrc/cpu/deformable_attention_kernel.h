@@ -4,109 +4,6 @@
 namespace detr_methods {
 namespace DETR_METHODS_CAPABILITY {
 
-// The sampling points of one query and head, all levels of [first, last) in a row, padded to whole
-// vectors. One instance serves a thread; only `place` changes it.
-template <typename T>
-struct SamplingPoints {
-  using Int = IntegerOf<T>;
-
-  int64_t count;                             // points that exist
-  std::vector<T> height, width;              // of each point's level
-  std::vector<Int> rows, columns, start;     // the same as integers, and the level's first token
-  std::vector<T> x, y, weight;               // given: location and attention weight
-  std::vector<T> right, below;               // distance to the corner's left and upper neighbour
-  std::vector<T> top_left, top_right, bottom_left, bottom_right;  // weights of the corners
-  std::vector<Int> pixel, corners;           // upper left token; bits 1, 2, 4, 8: corner on the map
-
-  SamplingPoints(const DeformableShape& shape, int64_t first, int64_t last)
-      : count((last - first) * shape.points) {
-    const size_t padded = (count + lanes<T> - 1) / lanes<T> * lanes<T>;
-    for (auto* field : {&height, &width, &x, &y, &weight, &right, &below, &top_left, &top_right,
-                        &bottom_left, &bottom_right}) {
-      field->assign(padded, T(0));
-    }
-    for (auto* field : {&rows, &columns, &start, &pixel, &corners}) field->assign(padded, Int(0));
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t level = first + i / shape.points;
-      height[i] = static_cast<T>(shape.height[level]);
-      width[i] = static_cast<T>(shape.width[level]);
-      rows[i] = static_cast<Int>(shape.height[level]);
-      columns[i] = static_cast<Int>(shape.width[level]);
-      start[i] = static_cast<Int>(shape.start[level]);
-    }
-  }
-
-  // Compute corners and bilinear weights of the points at `locations`.
-  template <typename C>
-  DETR_METHODS_INLINE void place(const C* locations, const C* weights) {
-    for (int64_t i = 0; i < count; ++i) {
-      x[i] = static_cast<T>(locations[2 * i]);
-      y[i] = static_cast<T>(locations[2 * i + 1]);
-      weight[i] = static_cast<T>(weights[i]);
-    }
-    for (int64_t i = 0; i < count; i += lanes<T>) place_vector(i);
-  }
-
- private:
-  DETR_METHODS_INLINE Vector<Int> load_integers(const std::vector<Int>& from, int64_t i) {
-    Vector<Int> result;
-    std::memcpy(&result, &from[i], sizeof(result));
-    return result;
-  }
-
-  DETR_METHODS_INLINE void place_vector(int64_t i) {
-    const Vector<Int> last_row = load_integers(rows, i) - 1;
-    const Vector<Int> last_column = load_integers(columns, i) - 1;
-    const Vector<T> px = load(&x[i]) * load(&width[i]) - T(0.5);
-    const Vector<T> py = load(&y[i]) * load(&height[i]) - T(0.5);
-    // false for NaN as well, so that the conversion to integers is always defined
-    const Vector<Int> inside = (px > T(-1)) & (px < load(&width[i])) & (py > T(-1)) &
-                               (py < load(&height[i]));
-    const Vector<T> zero = splat(T(0));
-    const Vector<T> safe_x = select<T>(inside, px, zero), safe_y = select<T>(inside, py, zero);
-    const Vector<Int> left = floor_of(safe_x), top = floor_of(safe_y);
-    const Vector<T> fx = safe_x - __builtin_convertvector(left, Vector<T>);
-    const Vector<T> fy = safe_y - __builtin_convertvector(top, Vector<T>);
-    const Vector<Int> has_left = inside & (left >= 0), has_right = inside & (left < last_column);
-    const Vector<Int> has_top = top >= 0, has_bottom = top < last_row;
-    const Vector<Int> flags = (has_left & has_top & 1) | (has_right & has_top & 2) |
-                              (has_left & has_bottom & 4) | (has_right & has_bottom & 8);
-    const Vector<Int> token = load_integers(start, i) + top * (last_column + 1) + left;
-    std::memcpy(&corners[i], &flags, sizeof(flags));
-    std::memcpy(&pixel[i], &token, sizeof(token));
-    store(&right[i], fx);
-    store(&below[i], fy);
-    const Vector<T> upper = load(&weight[i]) * (1 - fy), lower = load(&weight[i]) * fy;
-    store(&top_left[i], (1 - fx) * upper);
-    store(&top_right[i], fx * upper);
-    store(&bottom_left[i], (1 - fx) * lower);
-    store(&bottom_right[i], fx * lower);
-  }
-
-  DETR_METHODS_INLINE static Vector<Int> floor_of(Vector<T> x) {
-    const Vector<Int> towards_zero = __builtin_convertvector(x, Vector<Int>);
-    return towards_zero + (x < __builtin_convertvector(towards_zero, Vector<T>));
-  }
-};
-
-// Call `visit(corner index, token offset, weight)` for each corner of point i on its map.
-template <typename A, typename Visit>
-DETR_METHODS_INLINE void for_corners(const SamplingPoints<A>& points, int64_t i, Visit visit) {
-  const auto flags = points.corners[i];
-  const int64_t columns = points.columns[i];
-  if (flags == 15) {  // nearly always; without branches between the corners
-    visit(0, int64_t(0), points.top_left[i]);
-    visit(1, int64_t(1), points.top_right[i]);
-    visit(2, columns, points.bottom_left[i]);
-    visit(3, columns + 1, points.bottom_right[i]);
-    return;
-  }
-  if (flags & 1) visit(0, int64_t(0), points.top_left[i]);
-  if (flags & 2) visit(1, int64_t(1), points.top_right[i]);
-  if (flags & 4) visit(2, columns, points.bottom_left[i]);
-  if (flags & 8) visit(3, columns + 1, points.bottom_right[i]);
-}
-
 // Weighted sum of all corners for Count vectors of channels; `partial` channels of the last one.
 template <int Count, bool Partial, typename T, typename A>
 DETR_METHODS_INLINE void sample(const SamplingPoints<A>& points, const T* value, int64_t stride,
@@ -144,19 +41,37 @@ DETR_METHODS_INLINE void sample_one(const SamplingPoints<A>& points, const T* va
   *output = static_cast<T>((total[0] + total[1]) + (total[2] + total[3]));
 }
 
+template <typename T>
+void copy_values(const DeformableShape& shape, const T* first, int64_t begin, int64_t end,
+                 T* copy) {
+  const int64_t apart = shape.heads * shape.channels;
+  for (int64_t token = begin; token < end; ++token) {
+    const T* row = first + token * apart;
+    if (token + kAhead < end) fetch<0>(row + kAhead * apart, shape.channels);
+    std::copy_n(row, shape.channels, copy + token * shape.channels);
+  }
+}
+
 template <typename T, typename C>
 void deformable_forward(const DeformableShape& shape, const DeformableForward<T, C>& tensors,
                         int64_t begin, int64_t end) {
   using A = AccumulatorOf<T>;
   constexpr int width = lanes<A>;
-  const int64_t stride = shape.heads * shape.channels, samples = shape.levels * shape.points;
+  const int64_t stride = tensors.value.token, samples = shape.levels * shape.points;
   SamplingPoints<A> points(shape, 0, shape.levels);
   for (int64_t row = begin; row < end; ++row) {
     const int64_t query = row % shape.queries, head = row / shape.queries % shape.heads;
     const int64_t image = row / (shape.queries * shape.heads);
     const int64_t place = (image * shape.queries + query) * shape.heads + head;
-    const T* value = tensors.value + image * shape.tokens * stride + head * shape.channels;
+    const T* value =
+        tensors.value.first + image * tensors.value.image + head * tensors.value.head;
     T* output = tensors.output + place * shape.channels;
+    if (query + kAhead < shape.queries) {
+      const int64_t next = place + kAhead * shape.heads;
+      fetch<0>(tensors.locations + next * samples * 2, samples * 2);
+      fetch<0>(tensors.weights + next * samples, samples);
+      fetch<1>(tensors.output + next * shape.channels, shape.channels);
+    }
     points.place(tensors.locations + place * samples * 2, tensors.weights + place * samples);
     int64_t c = 0;
     for (; c + 4 * width <= shape.channels; c += 4 * width) {
@@ -182,11 +97,11 @@ struct Similarity {
   A at[4];
 };
 
-// One head's gradient of the values of one unit: rows of whole vectors, from `first_token` on.
+// One head's gradient of the values of one unit: rows of whole vectors.
 template <typename A>
 struct ValueGradient {
   A* rows;
-  int64_t padded, first_token;
+  int64_t padded;
 };
 
 // Gradients of one query and head whose channels are Count whole vectors; zero stands for a number
@@ -203,7 +118,7 @@ DETR_METHODS_INLINE void differentiate(const SamplingPoints<A>& points, const T*
     Vector<A> dot[4] = {};
     for_corners(points, i, [&](int k, int64_t offset, A weight) __attribute__((always_inline)) {
       const T* from = value + (token + offset) * stride;
-      A* to = target.rows + (token + offset - target.first_token) * padded;
+      A* to = target.rows + (token + offset) * padded;
       for (int64_t c = 0; c < whole; c += width) {
         const Vector<A> g = load(grad + c);
         dot[k] += g * load(from + c);
@@ -229,7 +144,7 @@ DETR_METHODS_INLINE void differentiate_one(const SamplingPoints<A>& points, cons
     Similarity<A> dot = {};
     for_corners(points, i, [&](int k, int64_t offset, A weight) __attribute__((always_inline)) {
       dot.at[k] = grad * static_cast<A>(value[(token + offset) * stride]);
-      target.rows[(token + offset - target.first_token) * target.padded] += weight * grad;
+      target.rows[(token + offset) * target.padded] += weight * grad;
     });
     similarity[i] = dot;
   }
@@ -250,61 +165,127 @@ DETR_METHODS_INLINE void finish_point(const SamplingPoints<A>& points, int64_t i
   grad_location[1] = static_cast<C>(points.weight[i] * points.height[i] * (lower - upper));
 }
 
+// Round one head's gradient and put it where it belongs, between those of the other heads.
+template <typename T, typename A>
+DETR_METHODS_INLINE void copy_rows(const ValueGradient<A>& sums, int64_t tokens, int64_t channels,
+                                   T* target, int64_t apart) {
+  for (int64_t token = 0; token < tokens; ++token) {
+    T* row = target + token * apart;
+    if (token + kAhead < tokens) fetch<1>(row + kAhead * apart, channels);
+    for (int64_t c = 0; c < channels; ++c) {
+      row[c] = static_cast<T>(sums.rows[token * sums.padded + c]);
+    }
+  }
+}
+
+// All points of one query and head, by the loop that fits the number of channels.
+template <typename T, typename A>
+DETR_METHODS_INLINE void differentiate_query(const SamplingPoints<A>& points,
+                                             const T* value, int64_t stride, const A* grad,
+                                             int64_t channels, const ValueGradient<A>& sums,
+                                             Similarity<A>* similarity) {
+  const auto walk = [&](auto count) {
+    differentiate<decltype(count)::value>(points, value, stride, grad, channels, sums, similarity);
+  };
+  if (channels == 1) {
+    differentiate_one(points, value, stride, grad[0], sums, similarity);
+  } else if (channels == lanes<A>) {
+    walk(std::integral_constant<int, 1>());
+  } else if (channels == 2 * lanes<A>) {
+    walk(std::integral_constant<int, 2>());
+  } else if (channels == 4 * lanes<A>) {
+    walk(std::integral_constant<int, 4>());
+  } else {
+    walk(std::integral_constant<int, 0>());
+  }
+}
+
+// Levels [first, last) of one image and head: a unit of the backward pass.
+struct DeformableUnit {
+  int64_t image, head, first, last;
+};
+
+// Gradients of a unit's locations and weights, and the sums of those of its values.
+template <typename T, typename C, typename A>
+void differentiate_unit(const DeformableShape& shape, const DeformableBackward<T, C>& tensors,
+                        const DeformableUnit& unit, const T* value, int64_t stride,
+                        const ValueGradient<A>& sums) {
+  const int64_t samples = shape.levels * shape.points;
+  SamplingPoints<A> points(shape, unit.first, unit.last);
+  std::vector<Similarity<A>> similarity(points.count);
+  std::vector<A> grad(sums.padded, A(0));
+  for (int64_t query = 0; query < shape.queries; ++query) {
+    const int64_t place = (unit.image * shape.queries + query) * shape.heads + unit.head;
+    const int64_t sample = place * samples + unit.first * shape.points;
+    if (query + kAhead < shape.queries) {
+      const int64_t row = place + kAhead * shape.heads;
+      const int64_t next = row * samples + unit.first * shape.points;
+      fetch<0>(tensors.locations + next * 2, points.count * 2);
+      fetch<0>(tensors.weights + next, points.count);
+      fetch<0>(tensors.grad_output + row * shape.channels, shape.channels);
+      fetch<1>(tensors.grad_locations + next * 2, points.count * 2);
+      fetch<1>(tensors.grad_weights + next, points.count);
+    }
+    points.place(tensors.locations + sample * 2, tensors.weights + sample);
+    for (int64_t c = 0; c < shape.channels; ++c) {
+      grad[c] = static_cast<A>(tensors.grad_output[place * shape.channels + c]);
+    }
+    differentiate_query(points, value, stride, grad.data(), shape.channels, sums,
+                        similarity.data());
+#pragma GCC ivdep
+    for (int64_t i = 0; i < points.count; ++i) {
+      finish_point(points, i, similarity[i], tensors.grad_locations + (sample + i) * 2,
+                   tensors.grad_weights + sample + i);
+    }
+  }
+}
+
 template <typename T, typename C>
 void deformable_backward(const DeformableShape& shape, const DeformableBackward<T, C>& tensors,
                          int64_t groups, int64_t begin, int64_t end) {
   using A = AccumulatorOf<T>;
-  const int64_t stride = shape.heads * shape.channels, samples = shape.levels * shape.points;
+  const int64_t apart = shape.heads * shape.channels;
   const int64_t padded =
       shape.channels == 1 ? 1 : (shape.channels + lanes<A> - 1) / lanes<A> * lanes<A>;
-  std::vector<A> grad(padded, A(0)), grad_value;
-  std::vector<Similarity<A>> similarity(samples);
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t group = unit % groups, head = unit / groups % shape.heads;
-    const int64_t image = unit / (groups * shape.heads);
-    const int64_t first = group * shape.levels / groups, last = (group + 1) * shape.levels / groups;
-    const int64_t first_token = shape.start[first];
-    const int64_t tokens = (last < shape.levels ? shape.start[last] : shape.tokens) - first_token;
-    const T* value = tensors.value + image * shape.tokens * stride + head * shape.channels;
-    SamplingPoints<A> points(shape, first, last);
-    grad_value.assign(tokens * padded, A(0));
-    const ValueGradient<A> sums{grad_value.data(), padded, first_token};
-    for (int64_t query = 0; query < shape.queries; ++query) {
-      const int64_t place = (image * shape.queries + query) * shape.heads + head;
-      const int64_t sample = place * samples + first * shape.points;
-      points.place(tensors.locations + sample * 2, tensors.weights + sample);
-      for (int64_t c = 0; c < shape.channels; ++c) {
-        grad[c] = static_cast<A>(tensors.grad_output[place * shape.channels + c]);
-      }
-      const auto walk = [&](auto count) {
-        differentiate<decltype(count)::value>(points, value, stride, grad.data(), shape.channels,
-                                              sums, similarity.data());
-      };
-      if (shape.channels == 1) {
-        differentiate_one(points, value, stride, grad[0], sums, similarity.data());
-      } else if (shape.channels == lanes<A>) {
-        walk(std::integral_constant<int, 1>());
-      } else if (shape.channels == 2 * lanes<A>) {
-        walk(std::integral_constant<int, 2>());
-      } else if (shape.channels == 4 * lanes<A>) {
-        walk(std::integral_constant<int, 4>());
-      } else {
-        walk(std::integral_constant<int, 0>());
-      }
-      for (int64_t i = 0; i < points.count; ++i) {
-        finish_point(points, i, similarity[i], tensors.grad_locations + (sample + i) * 2,
-                     tensors.grad_weights + sample + i);
-      }
+  const bool copied = samples_often(shape);
+  std::vector<A> buffer;
+  std::vector<T> copy;
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t group = i % groups;
+    const DeformableUnit unit{i / (groups * shape.heads), i / groups % shape.heads,
+                              group * shape.levels / groups, (group + 1) * shape.levels / groups};
+    const int64_t first_token = shape.start[unit.first];
+    const int64_t tokens =
+        (unit.last < shape.levels ? shape.start[unit.last] : shape.tokens) - first_token;
+    const int64_t first_row =
+        (unit.image * shape.tokens + first_token) * apart + unit.head * shape.channels;
+    const T* value = tensors.value + first_row;
+    if (copied) {
+      copy.resize(tokens * shape.channels);
+      copy_values(shape, value, 0, tokens, copy.data());
+      value = copy.data();
     }
-    T* target = tensors.grad_value + (image * shape.tokens + first_token) * stride +
-                head * shape.channels;
-    for (int64_t token = 0; token < tokens; ++token) {
-      for (int64_t c = 0; c < shape.channels; ++c) {
-        target[token * stride + c] = static_cast<T>(grad_value[token * padded + c]);
-      }
+    A* rows = nullptr;
+    if constexpr (std::is_same_v<T, A>) {  // a single head's whole vectors are summed in place
+      if (shape.heads == 1 && padded == shape.channels) rows = tensors.grad_value + first_row;
     }
+    const bool in_place = rows != nullptr;
+    if (!in_place) {
+      buffer.resize(tokens * padded);
+      rows = buffer.data();
+    }
+    std::fill_n(rows, tokens * padded, A(0));
+    const ValueGradient<A> sums{rows, padded};
+    differentiate_unit(shape, tensors, unit, value, copied ? shape.channels : apart, sums);
+    if (!in_place) copy_rows(sums, tokens, shape.channels, tensors.grad_value + first_row, apart);
   }
 }
+
+template void copy_values(const DeformableShape&, const float*, int64_t, int64_t, float*);
+template void copy_values(const DeformableShape&, const double*, int64_t, int64_t, double*);
+template void copy_values(const DeformableShape&, const c10::BFloat16*, int64_t, int64_t,
+                          c10::BFloat16*);
+template void copy_values(const DeformableShape&, const c10::Half*, int64_t, int64_t, c10::Half*);
 
 #define DETR_METHODS_INSTANTIATE(T, C)                                                          \
   template void deformable_forward<T, C>(const DeformableShape&, const DeformableForward<T, C>&, \
