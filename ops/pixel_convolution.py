@@ -18,9 +18,10 @@ FEWEST_PRODUCTS = 2**28
 def convolution_1x1(images: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.conv2d(images, weight, bias)``, faster backward on Intel's and on AVX2 processors.
 
-    There oneDNN is slower than MKL at the gradient of the weights, which a product by MKL then is.
-    This is so for large images in float32 on the CPU with their channels last in memory; anywhere
-    else this is PyTorch's convolution. Results are the same up to rounding.
+    There oneDNN is slower than MKL at the gradient of the weights, which a product by MKL then is,
+    on Intel's also at that of images that have no fewer channels than the outputs. This is so for
+    large images in float32 on the CPU with their channels last in memory; anywhere else this is
+    PyTorch's convolution. Results are the same up to rounding.
 
     Args:
         images: (B, C, H, W).
@@ -48,6 +49,11 @@ def weight_gradient_is_product() -> bool:
     return is_intel() or torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
+def image_gradient_is_product(weight: Tensor) -> bool:
+    """Whether they do for the gradient of their images, with a weight (N, C, 1, 1)."""
+    return is_intel() and weight.shape[0] <= weight.shape[1]
+
+
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -73,14 +79,40 @@ def gradients(
     """
     for_images, for_weight, for_bias = needed
     by_product = for_weight and weight_gradient_is_product()
-    by_convolution = for_images, for_weight and not by_product, for_bias and not by_product
-    of_images, of_weight, of_bias = convolution_gradients(
-        grad_output, images, weight, by_convolution
+    images_by_product = for_images and image_gradient_is_product(weight)
+    by_convolution = (
+        for_images and not images_by_product,
+        for_weight and not by_product,
+        for_bias and not by_product,
     )
-    if by_product:
-        grad_rows, rows = (
-            x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]) for x in (grad_output, images)
+    of_images = of_weight = of_bias = None
+    if any(by_convolution):
+        of_images, of_weight, of_bias = convolution_gradients(
+            grad_output, images, weight, by_convolution
         )
-        of_weight = (grad_rows.mT @ rows)[:, :, None, None]
+    if images_by_product:
+        found = _rows(grad_output) @ weight[:, :, 0, 0]
+        of_images = found.reshape(*_channels_last(images).shape).permute(0, 3, 1, 2)
+    if by_product:
+        grad_rows = _rows(grad_output)
+        of_weight = _weight_gradient(grad_rows, _rows(images))[:, :, None, None]
         of_bias = grad_rows.sum(0) if for_bias else None
     return of_images, of_weight, of_bias
+
+
+def _channels_last(images: Tensor) -> Tensor:
+    return images.permute(0, 2, 3, 1)
+
+
+def _rows(images: Tensor) -> Tensor:
+    """Pixels (B * H * W, C)."""
+    return _channels_last(images).reshape(-1, images.shape[1])
+
+
+def _weight_gradient(grad_rows: Tensor, rows: Tensor) -> Tensor:
+    """(N, K) from gradients (T, N) and pixels (T, K)."""
+    pixels, outputs = grad_rows.shape
+    # MKL is faster with the fewer channels first; then it must pay to turn the result around
+    if outputs > rows.shape[1] and pixels > 4 * outputs:
+        return (rows.mT @ grad_rows).mT.contiguous()
+    return grad_rows.mT @ rows

@@ -21,17 +21,18 @@ def two_threads(threads):
 weight_gradient_is_product = pixel_convolution.weight_gradient_is_product  # not of the fixture
 
 
-@pytest.fixture(autouse=True)
-def processor(monkeypatch):
-    """One where MKL is the faster one, whatever this one is."""
+@pytest.fixture(autouse=True, params=[False, True], ids=["weights", "images and weights"])
+def processor(request, monkeypatch):
+    """One where MKL is the faster one at some gradients, whatever this one is."""
     monkeypatch.setattr(pixel_convolution, "weight_gradient_is_product", lambda: True)
+    monkeypatch.setattr(pixel_convolution, "is_intel", lambda: request.param)
 
 
-def inputs(layout=torch.channels_last, size=SIZE):
+def inputs(layout=torch.channels_last, size=SIZE, channels=CHANNELS, filters=FILTERS):
     torch.manual_seed(0)
     batch, height, width = size
-    images = torch.randn(batch, CHANNELS, height, width).contiguous(memory_format=layout)
-    weight, bias = torch.randn(FILTERS, CHANNELS, 1, 1), torch.randn(FILTERS)
+    images = torch.randn(batch, channels, height, width).contiguous(memory_format=layout)
+    weight, bias = torch.randn(filters, channels, 1, 1), torch.randn(filters)
     return [x.requires_grad_() for x in (images, weight, bias)]
 
 
@@ -53,8 +54,16 @@ def test_the_size_is_just_enough():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_gradients_are_those_in_float64(layout):
-    leaves = inputs()
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        {"channels": FILTERS, "filters": CHANNELS},
+        {"size": (2, 16, 16), "channels": 512, "filters": 1024},  # few pixels beside filters
+    ],
+)
+def test_gradients_are_those_in_float64(layout, sizes):
+    leaves = inputs(**sizes)
     exact = [x.detach().double().requires_grad_() for x in leaves]
     output, expected = convolution_1x1(*leaves), F.conv2d(*exact)
     assert output.is_contiguous(memory_format=torch.channels_last)
@@ -64,6 +73,12 @@ def test_gradients_are_those_in_float64(layout):
     for needed in ([0, 1, 2], [0, 1], [1, 2], [0], [1], [2]):
         found = torch.autograd.grad(output, [leaves[i] for i in needed], cotangent, True)
         assert_close(found, [wanted[i] for i in needed])
+        assert all(x.is_contiguous(memory_format=layout_of(x)) for x in found)
+
+
+def layout_of(gradient):
+    """That of a weight and a bias is plain."""
+    return torch.channels_last if len(gradient) == SIZE[0] else torch.contiguous_format
 
 
 def test_the_output_may_be_overwritten():
@@ -136,6 +151,13 @@ def test_which_processors_are_faster(monkeypatch, intel, vectors, expected):
     monkeypatch.setattr(pixel_convolution, "is_intel", lambda: intel)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
     assert weight_gradient_is_product() == expected
+
+
+@pytest.mark.parametrize("shape", [(64, 64, 1, 1), (64, 128, 1, 1), (128, 64, 1, 1)])
+def test_images_have_a_product_where_they_have_no_fewer_channels(processor, shape):
+    wide = shape[1] >= shape[0]
+    on_intel = pixel_convolution.is_intel()
+    assert pixel_convolution.image_gradient_is_product(torch.empty(shape)) == (on_intel and wide)
 
 
 def test_other_processors_and_no_gradients_are_pytorchs(monkeypatch):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import ops
-from ops import feed_forward
+from ops import feed_forward, pixel_convolution
 from ops.dropout import draw_seed, kept
 from ops.linear_layer import FEWEST_PRODUCTS
 
@@ -20,6 +20,14 @@ TOKENS = FEWEST_PRODUCTS // (CHANNELS * HIDDEN)
 @pytest.fixture(autouse=True)
 def two_threads(threads):
     torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["AMD", "Intel"])
+def processor(request, monkeypatch):
+    """Each kind, whatever this one is."""
+    monkeypatch.setattr(pixel_convolution, "is_intel", lambda: request.param)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    return request.param
 
 
 def inputs(tokens=TOKENS, dtype=torch.float32):
@@ -94,6 +102,16 @@ def test_it_is_the_three_operators(monkeypatch):
         results.append((output, *torch.autograd.grad(output.square().sum(), given)))
     assert torch.equal(results[0][0], results[1][0])
     assert_close(*results)
+
+
+def test_which_operators_multiply(processor):
+    given = inputs()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run(*given, p=0.0).sum().backward()
+    counts = {event.key: event.count for event in profile.key_averages()}
+    # as products: gradients of both weights, and of the hidden layer, which is the wider one
+    assert counts.get("aten::mm", 0) == (3 if processor else 0)
+    assert counts["aten::convolution_backward"] == (1 if processor else 2)
 
 
 def test_without_training_nothing_is_dropped():
