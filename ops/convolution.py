@@ -16,6 +16,8 @@ FEWEST_CHANNELS, FEWEST_TILES = 64, 32
 """Channels, and tiles of 4 x 4 pixels in a batch, below which PyTorch's convolution is as fast."""
 MULTIPLE = 16
 """Of which numbers of channels are a multiple where the kernels take them."""
+LARGE = 2**19
+"""Numbers in an image that are copied to another layout by itself."""
 
 
 def convolution_3x3(
@@ -79,9 +81,16 @@ class _StridedConvolution(torch.autograd.Function):
             needed = True, False, False
             of_images, _, _ = convolution_gradients(grad_output, images, weight, needed, 2, 1)
         if for_weight:  # with their channels last, oneDNN needs up to 2.7 times as long
-            pair = images.contiguous(), grad_output.contiguous()
+            pair = _channels_first(images), _channels_first(grad_output)
             of_weight = conv2d_weight(pair[0], weight.shape, pair[1], stride=2, padding=1)
         return of_images, of_weight, grad_output.sum((0, 2, 3)) if for_bias else None
+
+
+def _channels_first(images: Tensor) -> Tensor:
+    """Contiguous (B, C, H, W); large images one by one, as PyTorch turns matrices around faster."""
+    if images.shape[1:].numel() < LARGE:
+        return images.contiguous()
+    return torch.stack([image.flatten(1).contiguous() for image in images]).view(images.shape)
 
 
 def _turned(weight: Tensor) -> Tensor:

@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 from torch.autograd import forward_ad
 
 import ops
-from ops.convolution import FEWEST_CHANNELS, FEWEST_TILES, MULTIPLE, is_large
+from ops.convolution import (
+    FEWEST_CHANNELS,
+    FEWEST_TILES,
+    LARGE,
+    MULTIPLE,
+    _channels_first,
+    is_large,
+)
 
 OPERATORS = torch.ops.detr_methods
 ROOT = Path(__file__).parents[2]
@@ -126,7 +133,7 @@ def test_an_image_is_the_same_in_any_batch():
         assert torch.equal(ops.convolution_3x3(image[None], weight, bias)[0], output)
 
 
-@pytest.mark.parametrize("size", [(2, 16, 16), (1, 31, 45)])
+@pytest.mark.parametrize("size", [(2, 16, 16), (1, 31, 45), (2, 64, 128)])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_with_a_stride_of_two(size, layout):
     leaves = inputs(*size)
@@ -149,6 +156,17 @@ def test_with_a_stride_of_two(size, layout):
         for grads, x in ((first, leaves), (exact_first, exact))
     )
     assert_close(second, exact_second, 1e-5)
+
+
+def test_images_are_copied_to_another_layout_alone_where_they_are_large():
+    large, small = torch.randn(3, 64, 128, 64), torch.randn(3, 64, 127, 64)
+    assert large[0].numel() == LARGE
+    for images in (large, small):
+        images = images.permute(0, 3, 1, 2)
+        copied = _channels_first(images)
+        assert copied.is_contiguous()
+        assert torch.equal(copied, images)
+        assert copied.data_ptr() != images.data_ptr()
 
 
 def test_other_strides_are_pytorchs():
@@ -225,9 +243,9 @@ def test_second_derivatives(turns, reference):
     assert_close(*results, 1e-11)
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-def test_batches_of_gradients_and_transforms(stride):
-    images, weight, bias = inputs(2, 16, 16)
+@pytest.mark.parametrize(("stride", "size"), [(1, (16, 16)), (2, (16, 16)), (2, (64, 128))])
+def test_batches_of_gradients_and_transforms(stride, size):
+    images, weight, bias = inputs(2, *size)
     output = ops.convolution_3x3(images, weight, bias, stride)
     cotangents = torch.randn(3, *output.shape)
     leaves = [images, weight, bias]
