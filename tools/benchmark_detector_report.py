@@ -152,8 +152,9 @@ def write(folder: Path, name: str, header: dict[str, str], rows: Sequence[Row]) 
         "Written by `python tools/benchmark_detectors.py`. Full-size detectors with random weights "
         "on random images of one size, seven boxes each. A training step is forward, losses and "
         "backward, in float32, with the configs' dropout; the optimiser's part is the same for all "
-        "and left out. Peers have the same weights, take turns, and are not timed unless "
-        "detections, losses and gradients agree (of transformers' models, detections). "
+        "and left out. Peers have the same weights and are not timed unless detections, losses and "
+        "gradients agree (of transformers' models, detections). Contenders take turns, which begin "
+        "with a call that is not timed, as steps follow one another in training. "
         "detrex's DN-DETR is kept from moving to CUDA, which it does on any device. "
         "Each contender has a process of its own; memory, gradients included, is taken in another."
     )

@@ -72,7 +72,7 @@ def time_rows(case: Case, contest: Contest, args: argparse.Namespace) -> list[Ro
     check_agreement(case, contest)
     names = tuple(contest.models)
     with callers(case, names, args.detrex_root, args.all_keep_memory) as runs:
-        times = interleave(runs, Budget(args.repeats))
+        times = interleave(runs, Budget(args.repeats), lead_in=True)
     rows = []
     for name, seconds in times.items():
         summary = spread([1000 * value for value in seconds])

@@ -60,6 +60,7 @@ def interleave(
     runs: Mapping[str, Callable[[], object]],
     budget: Budget,
     *,
+    lead_in: bool = False,
     synchronize: Callable[[], None] = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
@@ -71,6 +72,9 @@ def interleave(
     Args:
         runs: what to call, by name.
         budget: how many rounds.
+        lead_in: call each contender once at the beginning of its turn, untimed. Where turns are
+            long and calls follow one another in use, this leaves out what the others' turns cost
+            it: caches that are theirs and a processor that has been idle.
         synchronize: waits for the device, before and after each sample.
         clock: seconds.
 
@@ -94,6 +98,8 @@ def interleave(
     start, rounds = clock(), 0
     while budget.allows(rounds, clock() - start):
         for name, run in runs.items():
+            if lead_in:
+                run()
             times[name].append(sample(run, calls[name]))
         rounds += 1
     return times

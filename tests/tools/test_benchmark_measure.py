@@ -112,6 +112,14 @@ def test_contenders_take_turns():
     assert times == {"a": [1.0, 2.0, 3.0], "b": [5.0, 5.0, 5.0]}
 
 
+def test_a_turn_may_begin_with_a_call_that_is_not_timed():
+    clock = FakeClock()
+    runs = {"a": clock.costs("a", 9.0, 1.0, 5.0, 2.0, 6.0, 3.0), "b": clock.costs("b", 4.0)}
+    times = interleave(runs, Budget(rounds=2), lead_in=True, clock=clock)
+    assert "".join(clock.calls) == "aabb" + "aabbaabb"
+    assert times == {"a": [2.0, 3.0], "b": [4.0, 4.0]}
+
+
 def test_short_calls_are_repeated_within_a_sample():
     clock = FakeClock()
     times = interleave({"a": clock.costs("a", 2**-9)}, Budget(rounds=2), clock=clock)
