@@ -19,7 +19,7 @@ DeformableShape checked_shape(const at::Tensor& value, at::IntArrayRef spatial_s
   TORCH_CHECK_VALUE(value.dim() == 4 && locations.dim() == 6 && weights.dim() == 5,
                     "value, sampling_locations and attention_weights need 4, 6 and 5 dimensions");
   DeformableShape shape{value.size(0),   value.size(1),   value.size(2),     value.size(3),
-                        weights.size(1), weights.size(3), weights.size(4),   {}, {}, {}};
+                        weights.size(1), weights.size(3), weights.size(4),   {}, {}, {}, false};
   TORCH_CHECK_VALUE(locations.size(5) == 2 && locations.sizes().slice(0, 5) == weights.sizes() &&
                         weights.size(0) == shape.images && weights.size(2) == shape.heads &&
                         static_cast<int64_t>(spatial_shapes.size()) == 2 * shape.levels,
@@ -39,6 +39,8 @@ DeformableShape checked_shape(const at::Tensor& value, at::IntArrayRef spatial_s
   }
   TORCH_CHECK_VALUE(token == shape.tokens, "spatial_shapes and value differ in their tokens");
   TORCH_CHECK_VALUE(token < std::numeric_limits<int32_t>::max(), "value has too many tokens");
+  const int64_t samples = shape.queries * shape.levels * shape.points;
+  shape.copies_values = shape.heads > 1 && samples >= 4 * shape.tokens;
   return shape;
 }
 
@@ -60,7 +62,7 @@ void forward(const DeformableShape& shape, const at::Tensor& value, const at::Te
       DETR_METHODS_DISPATCH(deformable_forward<T, C>(shape, tensors, begin, end))
     });
   };
-  if (!samples_often(shape)) return sample(0, pairs * shape.queries);
+  if (!shape.copies_values) return sample(0, pairs * shape.queries);
   // one copy at a time, which all threads share: 1 / heads of the output's memory
   const at::Tensor copy = at::empty({shape.tokens, shape.channels}, value.options());
   T* own = copy.mutable_data_ptr<T>();

@@ -13,6 +13,9 @@ namespace detr_methods {
 struct DeformableShape {
   int64_t images, tokens, heads, channels, queries, levels, points;
   std::vector<int64_t> height, width, start;  // per level; start is its first token
+  // Whether samples are so many that a head's values are better copied first: between other heads'
+  // values, apart by a power of two as a rule, they share few places of a cache.
+  bool copies_values;
 };
 
 // Values of all images and heads, with what lies between two images, heads and tokens.
@@ -42,12 +45,6 @@ struct DeformableBackward {
   C* grad_locations;
   C* grad_weights;
 };
-
-// Whether samples are so many that a head's values are better copied first: between other heads'
-// values, apart by a power of two as a rule, they share few places of a cache.
-inline bool samples_often(const DeformableShape& shape) {
-  return shape.heads > 1 && shape.queries * shape.levels * shape.points >= 4 * shape.tokens;
-}
 
 // Copy: tokens [begin, end) of one image and head, of which `first` is the first token's value.
 // Forward: rows [begin, end) of the B * H * N (image, head, query) triples.

@@ -247,7 +247,6 @@ void deformable_backward(const DeformableShape& shape, const DeformableBackward<
   const int64_t apart = shape.heads * shape.channels;
   const int64_t padded =
       shape.channels == 1 ? 1 : (shape.channels + lanes<A> - 1) / lanes<A> * lanes<A>;
-  const bool copied = samples_often(shape);
   std::vector<A> buffer;
   std::vector<T> copy;
   for (int64_t i = begin; i < end; ++i) {
@@ -260,7 +259,8 @@ void deformable_backward(const DeformableShape& shape, const DeformableBackward<
     const int64_t first_row =
         (unit.image * shape.tokens + first_token) * apart + unit.head * shape.channels;
     const T* value = tensors.value + first_row;
-    if (copied) {
+    const int64_t stride = shape.copies_values ? shape.channels : apart;
+    if (shape.copies_values) {
       copy.resize(tokens * shape.channels);
       copy_values(shape, value, 0, tokens, copy.data());
       value = copy.data();
@@ -276,7 +276,7 @@ void deformable_backward(const DeformableShape& shape, const DeformableBackward<
     }
     std::fill_n(rows, tokens * padded, A(0));
     const ValueGradient<A> sums{rows, padded};
-    differentiate_unit(shape, tensors, unit, value, copied ? shape.channels : apart, sums);
+    differentiate_unit(shape, tensors, unit, value, stride, sums);
     if (!in_place) copy_rows(sums, tokens, shape.channels, tensors.grad_value + first_row, apart);
   }
 }
