@@ -56,17 +56,15 @@ class FeedForward(FFN):
         tokens = x.reshape(-1, x.shape[-1])
         # a compiled graph would be made anew for every number of parts
         count = len(tokens) if torch.compiler.is_compiling() else TOKENS_AT_ONCE
-        parts = [
-            # computing again stops at the hidden layer: nothing behind it is kept
-            checkpoint(
-                self._in_turn,
-                part,
-                use_reentrant=False,
-                preserve_rng_state=self.layers[-1].p > 0,
-            )
-            for part in tokens.split(max(1, count))
-        ]
+        parts = [self._part(part) for part in tokens.split(max(1, count))]
         return (torch.cat(parts) if len(parts) > 1 else parts[0]).view_as(x)
+
+    def _part(self, tokens: Tensor) -> Tensor:
+        if self._may_be_one(tokens):
+            return self._in_one(tokens, keep_hidden=False)
+        # computing again stops at the hidden layer: nothing behind it is kept
+        preserve = self.layers[-1].p > 0
+        return checkpoint(self._in_turn, tokens, use_reentrant=False, preserve_rng_state=preserve)
 
     def _may_be_one(self, x: Tensor) -> bool:
         """Whether one operator does what the layers do, and nobody looks at them."""
@@ -76,10 +74,11 @@ class FeedForward(FFN):
             and not is_watched(*self.layers.modules())
         )
 
-    def _in_one(self, x: Tensor) -> Tensor:
+    def _in_one(self, x: Tensor, keep_hidden: bool = True) -> Tensor:
         (first, activation, _), second = self.layers[:2]
         weights = (first.weight, first.bias), (second.weight, second.bias)
-        return ops.relu_feed_forward(x, *weights, activation.p, activation.training)
+        drop = activation.p, activation.training
+        return ops.relu_feed_forward(x, *weights, *drop, keep_hidden)
 
     def _in_turn(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:

@@ -43,11 +43,9 @@ def dropout_add(
             values that are not on the CPU.
         TypeError: if a tensor is not floating.
     """
-    _check(values, p)
+    _check(values, p, seed)
     if residual is not None:
         _check_residual(residual, values)
-    if seed is not None and values.device.type != "cpu":
-        raise ValueError(f"values are on {values.device}, expected the cpu beside a seed")
     if p == 0 or not training:
         return values if residual is None else residual + values
     if values.device.type != "cpu":
@@ -60,7 +58,11 @@ def dropout_add(
 
 
 def relu_dropout(
-    values: Tensor, p: float = 0.1, training: bool = True, inplace: bool = False
+    values: Tensor,
+    p: float = 0.1,
+    training: bool = True,
+    inplace: bool = False,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """``dropout(relu(values))``, of which the result alone is kept; see :func:`dropout_add`.
 
@@ -70,19 +72,24 @@ def relu_dropout(
         training: whether anything is dropped.
         inplace: whether the result may overwrite ``values``. Nothing else may need them; what
             PyTorch has saved for a backward pass is guarded as in its own in-place operations.
+        seed: of the mask, for the CPU; if None, :func:`draw_seed` gives one.
 
     Returns:
         A tensor of the shape of ``values``.
 
     Raises:
-        ValueError: if p is no probability below 1.
+        ValueError: if p is no probability below 1, or a seed comes with values that are not on the
+            CPU.
         TypeError: if ``values`` is not floating.
     """
-    _check(values, p)
+    _check(values, p, seed)
     if values.device.type != "cpu":
         return F.dropout(F.relu(values), p, training)
     p = p if training else 0.0
-    seed = draw_seed() if p > 0 else None
+    if p == 0:
+        seed = None
+    elif seed is None:
+        seed = draw_seed()
     if inplace and may_be_overwritten(values):
         return _OverwritingReLUDropout.apply(values, p, seed)
     return F.relu(values) if seed is None else _relu_drop(values, p, seed)
@@ -168,12 +175,14 @@ def _mix(x: int) -> int:
 _WORD = 2**32 - 1
 
 
-def _check(values: Tensor, p: float) -> None:
+def _check(values: Tensor, p: float, seed: Tensor | None) -> None:
     if not isinstance(values, Tensor):
         raise TypeError(f"values is {type(values).__name__}, expected a tensor")
     match_type("values", values, FLOATS)
     if not 0.0 <= p < 1.0:
         raise ValueError(f"p is {p}, expected a probability below 1")
+    if seed is not None and values.device.type != "cpu":
+        raise ValueError(f"values are on {values.device}, expected the cpu beside a seed")
 
 
 def _check_residual(residual: Tensor, values: Tensor) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dropout import relu_dropout, relu_gradient_
+from .dropout import draw_seed, relu_dropout, relu_gradient_
 from .linear_layer import as_image, as_tokens, is_faster_as_convolution, linear
 from .pixel_convolution import gradients
 
@@ -18,6 +18,7 @@ def relu_feed_forward(
     output: tuple[Tensor, Tensor | None],
     p: float = 0.1,
     training: bool = True,
+    keep_hidden: bool = True,
 ) -> Tensor:
     """``linear(relu_dropout(linear(tokens)))``, in the backward pass with one hidden layer less.
 
@@ -31,6 +32,7 @@ def relu_feed_forward(
         output: weight (N, F) and bias (N,) or None of the second.
         p: probability with which an element of the hidden layer is dropped, below 1.
         training: whether anything is dropped.
+        keep_hidden: if not, one operator computes the hidden layer again in the backward pass.
 
     Returns:
         (..., N).
@@ -40,7 +42,7 @@ def relu_feed_forward(
         TypeError: if the hidden layer is not floating.
     """
     if is_one_operator(tokens, hidden[0], output[0]):
-        return _FeedForward.apply(tokens, *hidden, *output, p if training else 0.0)
+        return _FeedForward.apply(tokens, *hidden, *output, p if training else 0.0, keep_hidden)
     values = relu_dropout(linear(tokens, *hidden), p, training, inplace=True)
     return linear(values, *output)
 
@@ -64,31 +66,38 @@ class _FeedForward(torch.autograd.Function):
         output_weight: Tensor,
         output_bias: Tensor | None,
         p: float,
+        keep_hidden: bool,
     ) -> Tensor:
-        hidden = relu_dropout(linear(tokens, weight, bias), p, inplace=True)
-        ctx.save_for_backward(tokens, weight, bias, hidden, output_weight)
+        seed = draw_seed() if p > 0 else None
+        hidden = relu_dropout(linear(tokens, weight, bias), p, inplace=True, seed=seed)
+        kept = hidden if keep_hidden else None
+        ctx.save_for_backward(tokens, weight, bias, kept, output_weight, seed)
         ctx.p = p
         return linear(hidden, output_weight, output_bias)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        tokens, weight, bias, hidden, output_weight = ctx.saved_tensors
+        tokens, weight, bias, hidden, output_weight, seed = ctx.saved_tensors
+        if hidden is None:
+            with torch.no_grad():
+                hidden = relu_dropout(linear(tokens, weight, bias), ctx.p, inplace=True, seed=seed)
         if torch.is_grad_enabled() or _is_mapped(grad_output):
             saved = tokens, weight, bias, hidden, output_weight
             found = _differentiable_gradients(grad_output, *saved, ctx.p)
             needed = ctx.needs_input_grad
-            return *(x if asked else None for x, asked in zip(found, needed, strict=False)), None
+            asked = (x if need else None for x, need in zip(found, needed, strict=False))
+            return *asked, None, None
         for_tokens, for_weight, for_bias, *for_output = ctx.needs_input_grad[:5]
         before = for_tokens or for_weight or for_bias
         grad_hidden, *of_output = _gradients(
             grad_output, hidden, output_weight, (before, *for_output)
         )
         if grad_hidden is None:
-            return None, None, None, *of_output, None
+            return None, None, None, *of_output, None, None
         of_bias = relu_gradient_(grad_hidden, hidden, ctx.p)
         needed = for_tokens, for_weight, False
         grad_tokens, of_weight, _ = _gradients(grad_hidden, tokens, weight, needed)
-        return grad_tokens, of_weight, of_bias if for_bias else None, *of_output, None
+        return grad_tokens, of_weight, of_bias if for_bias else None, *of_output, None, None
 
 
 def _is_mapped(grad: Tensor) -> bool:

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ops
 from ops import feed_forward, pixel_convolution
@@ -68,14 +69,15 @@ def assert_close(found, expected):
 
 @pytest.mark.parametrize("layout", ["batch first", "batch second", "rows"])
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_output_and_gradients_are_those_in_float64(p, layout):
+@pytest.mark.parametrize("keep_hidden", [True, False])
+def test_output_and_gradients_are_those_in_float64(p, layout, keep_hidden):
     given = inputs()
     if layout == "batch second":
         given[0] = given[0].detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
     elif layout == "rows":
         given[0] = given[0].detach().flatten(0, 1).requires_grad_()
     torch.manual_seed(5)
-    output = run(*given, p)
+    output = run(*given, p, keep_hidden=keep_hidden)
     assert is_one(output)
     assert output.is_contiguous()
     expected, exact = in_double(given, p, seed=5)
@@ -145,7 +147,34 @@ def test_what_needs_no_gradient_has_none():
                 torch.testing.assert_close(x.grad, expected, rtol=1e-5, atol=1e-3)
 
 
-def test_second_derivatives():
+def test_a_hidden_layer_that_is_computed_again_is_not_kept():
+    given = inputs()
+    hidden = (*given[0].shape[:-1], HIDDEN)
+    for keep_hidden in (True, False):
+        shapes = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, shapes=shapes: (shapes.append(x.shape), x)[1], lambda x: x
+        ):
+            output = run(*given, keep_hidden=keep_hidden)
+        assert (hidden in shapes) == keep_hidden
+        counter = Counter()
+        with counter:  # the output, which nobody needs again, is not computed again
+            output.sum().backward()
+        assert counter.count == (0 if keep_hidden else 1)
+
+
+class Counter(TorchDispatchMode):
+    """Counts convolutions."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten.convolution.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("keep_hidden", [True, False])
+def test_second_derivatives(keep_hidden):
     given = inputs()
 
     def penalty(output, leaves):
@@ -153,7 +182,7 @@ def test_second_derivatives():
         return torch.autograd.grad(sum(x.square().sum() for x in first), leaves)
 
     torch.manual_seed(4)
-    found = penalty(run(*given), given)
+    found = penalty(run(*given, keep_hidden=keep_hidden), given)
     assert_close(found, penalty(*in_double(given, 0.3, seed=4)))
 
 
