@@ -32,7 +32,8 @@ def relu_feed_forward(
         output: weight (N, F) and bias (N,) or None of the second.
         p: probability with which an element of the hidden layer is dropped, below 1.
         training: whether anything is dropped.
-        keep_hidden: if not, one operator computes the hidden layer again in the backward pass.
+        keep_hidden: if not, one operator computes the hidden layer again in the backward pass; the
+            three keep it.
 
     Returns:
         (..., N).
@@ -79,7 +80,7 @@ class _FeedForward(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         tokens, weight, bias, hidden, output_weight, seed = ctx.saved_tensors
         if hidden is None:
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):  # as forward
                 hidden = relu_dropout(linear(tokens, weight, bias), ctx.p, inplace=True, seed=seed)
         if torch.is_grad_enabled() or _is_mapped(grad_output):
             saved = tokens, weight, bias, hidden, output_weight

@@ -90,13 +90,14 @@ def gradients(
         of_images, of_weight, of_bias = convolution_gradients(
             grad_output, images, weight, by_convolution
         )
-    if images_by_product:
-        found = _rows(grad_output) @ weight[:, :, 0, 0]
-        of_images = found.reshape(*_channels_last(images).shape).permute(0, 3, 1, 2)
-    if by_product:
-        grad_rows = _rows(grad_output)
-        of_weight = _weight_gradient(grad_rows, _rows(images))[:, :, None, None]
-        of_bias = grad_rows.sum(0) if for_bias else None
+    with torch.autocast("cpu", enabled=False):  # which may be on where backward is called
+        if images_by_product:
+            found = _rows(grad_output) @ weight[:, :, 0, 0]
+            of_images = found.reshape(*_channels_last(images).shape).permute(0, 3, 1, 2)
+        if by_product:
+            grad_rows = _rows(grad_output)
+            of_weight = _weight_gradient(grad_rows, _rows(images))[:, :, None, None]
+            of_bias = grad_rows.sum(0) if for_bias else None
     return of_images, of_weight, of_bias
 
 

@@ -109,6 +109,21 @@ def test_manual_seed_repeats_a_run_and_calls_differ() -> None:
     assert torch.equal(first > 0, mask_of((1000,), 0.5, drawn_seed(5)))
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_seed_that_is_given_decides_and_the_generator_rests(inplace: bool) -> None:
+    values = torch.randn(5, 40)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    found = [ops.relu_dropout(values.clone(), 0.3, True, inplace, seeded()) for _ in range(2)]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(*found)
+    expected = values.relu() * mask_of(values.shape, 0.3) / (1 - 0.3)
+    torch.testing.assert_close(found[0], expected)
+    for p, training in ((0.3, False), (0.0, True)):
+        rectified = ops.relu_dropout(values.clone(), p, training, inplace, seeded())
+        assert torch.equal(rectified, values.relu())
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_what_a_checkpoint_computes_again_has_the_same_mask(reentrant: bool) -> None:
     weight = torch.randn(16, 16)
@@ -163,3 +178,5 @@ def test_off_the_cpu_it_is_the_device_s_own_dropout() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     with pytest.raises(ValueError, match="values are on meta, expected the cpu beside a seed"):
         ops.dropout_add(values, p=0.5, seed=seeded())
+    with pytest.raises(ValueError, match="values are on meta, expected the cpu beside a seed"):
+        ops.relu_dropout(torch.ones(3, device="meta"), 0.1, seed=seeded())

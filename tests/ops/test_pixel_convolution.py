@@ -91,6 +91,17 @@ def test_the_output_may_be_overwritten():
     assert_close(torch.autograd.grad(output.square().sum(), leaves), wanted)
 
 
+def test_gradients_keep_their_type_where_backward_is_autocast():
+    leaves = inputs(channels=FILTERS, filters=CHANNELS)
+    output = convolution_1x1(*leaves)
+    cotangent = torch.randn_like(output)
+    wanted = torch.autograd.grad(output, leaves, cotangent, True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(output, leaves, cotangent)
+    assert all(x.dtype == torch.float32 for x in found)
+    assert_close(found, wanted)
+
+
 def test_second_derivatives():
     leaves = inputs()
     exact = [x.detach().double().requires_grad_() for x in leaves]

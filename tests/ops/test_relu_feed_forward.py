@@ -163,6 +163,16 @@ def test_a_hidden_layer_that_is_computed_again_is_not_kept():
         assert counter.count == (0 if keep_hidden else 1)
 
 
+def test_a_hidden_layer_is_computed_again_in_the_precision_that_it_had():
+    given = inputs()
+    output = run(*given, p=0.0, keep_hidden=False)
+    cotangent = torch.randn_like(output)
+    wanted = torch.autograd.grad(output, given, cotangent, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(output, given, cotangent)
+    assert_close(found, wanted)
+
+
 class Counter(TorchDispatchMode):
     """Counts convolutions."""
 
