@@ -68,7 +68,7 @@ class _Convolution(torch.autograd.Function):
 
 def gradients(
     grad_output: Tensor, images: Tensor, weight: Tensor, needed: tuple[bool, ...]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, ...]:
     """Of images (B, C, H, W), weight (N, C, 1, 1) and bias (N,), as far as needed.
 
     Args:
@@ -80,25 +80,34 @@ def gradients(
     for_images, for_weight, for_bias = needed
     by_product = for_weight and weight_gradient_is_product()
     images_by_product = for_images and image_gradient_is_product(weight)
-    by_convolution = (
+    products = images_by_product, by_product, for_bias and by_product
+    others = (
         for_images and not images_by_product,
         for_weight and not by_product,
         for_bias and not by_product,
     )
-    of_images = of_weight = of_bias = None
-    if any(by_convolution):
-        of_images, of_weight, of_bias = convolution_gradients(
-            grad_output, images, weight, by_convolution
-        )
-    with torch.autocast("cpu", enabled=False):  # which may be on where backward is called
-        if images_by_product:
-            found = _rows(grad_output) @ weight[:, :, 0, 0]
-            of_images = found.reshape(*_channels_last(images).shape).permute(0, 3, 1, 2)
-        if by_product:
-            grad_rows = _rows(grad_output)
-            of_weight = _weight_gradient(grad_rows, _rows(images))[:, :, None, None]
-            of_bias = grad_rows.sum(0) if for_bias else None
-    return of_images, of_weight, of_bias
+    if not any(products):
+        return convolution_gradients(grad_output, images, weight, others)
+    made = _products(grad_output, images, weight, products)
+    if not any(others):
+        return made
+    found = convolution_gradients(grad_output, images, weight, others)
+    return tuple(x if by else y for x, y, by in zip(made, found, products, strict=True))
+
+
+@torch.autocast("cpu", enabled=False)  # which may be on where backward is called
+def _products(
+    grad_output: Tensor, images: Tensor, weight: Tensor, needed: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    for_images, for_weight, for_bias = needed
+    grad_rows = _rows(grad_output)
+    of_images = of_weight = None
+    if for_images:
+        found = grad_rows @ weight[:, :, 0, 0]
+        of_images = found.reshape(*_channels_last(images).shape).permute(0, 3, 1, 2)
+    if for_weight:
+        of_weight = _weight_gradient(grad_rows, _rows(images))[:, :, None, None]
+    return of_images, of_weight, grad_rows.sum(0) if for_bias else None
 
 
 def _channels_last(images: Tensor) -> Tensor:
